@@ -1,0 +1,47 @@
+# The commands of this project. Each makes the environment that it needs; Python >= 3.11, git and make are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The exact versions that were tested, on Linux; elsewhere the ranges of settings.ini.
+ifeq ($(shell uname -s),Linux)
+CONSTRAINTS ?= -c requirements/lock.txt
+endif
+# Tests run side by side, so each gets its share of the cores.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(1, min(4, os.cpu_count() or 1)))")
+
+.PHONY: help install tour test lab sync bench lock wheel clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(VENV)/.installed: setup.py settings.ini $(wildcard requirements/lock.txt)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or later is needed; set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) torch torchvision -e ".[dev]"
+	@touch $@
+
+install: $(VENV)/.installed  ## the environment in .venv, with the package and the tools of development
+
+tour: install  ## run the tour headlessly; the last line is the path of its report
+	$(BIN)/bigmodel run tour
+
+test: install  ## all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
+
+lab: install  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+sync: install  ## after an edit: export modules, run changed notebooks, clean, write README (NAMES="robust/attacks" or ALL=1 to choose)
+	$(BIN)/python tools/sync.py $(if $(ALL),--all) $(NAMES)
+
+bench: install  ## the benchmarks: ratios, measured interleaved in one run
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+lock: install  ## write requirements/lock.txt from the environment
+	$(BIN)/python tools/lock.py > requirements/lock.txt.new && mv requirements/lock.txt.new requirements/lock.txt
+
+wheel: install  ## a wheel in dist/, the notebooks in it
+	$(BIN)/python -m build --wheel
+
+clean:  ## remove the environment and what runs and builds left
+	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .hypothesis

@@ -1,0 +1,35 @@
+"""What every test stands on: no network, no hub, the same number of threads, the folder of real data."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+OFFLINE = Path(__file__).parent / "offline"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join([str(OFFLINE), *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ["PYTHONWARNINGS"] = "ignore"  # of kernels that tests start; pytest has its own filter
+sys.path.insert(0, str(OFFLINE))
+import sitecustomize  # noqa: E402, F401  (the interpreter may have loaded another one before)
+
+if Path(sitecustomize.__file__).parent != OFFLINE:
+    exec((OFFLINE / "sitecustomize.py").read_text(encoding="utf-8"))
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real data sets that BIGMODEL_DATA names."""
+    if not os.environ.get("BIGMODEL_DATA"):
+        pytest.skip("BIGMODEL_DATA is not set: it names a folder of real data sets")
+    folder = Path(os.environ["BIGMODEL_DATA"])
+    assert folder.is_dir(), f"BIGMODEL_DATA is {str(folder)!r}, and there is no such folder"
+    return folder
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch) -> Path:
+    """An empty folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
