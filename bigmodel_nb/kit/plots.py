@@ -181,7 +181,7 @@ def table(
     if missing:
         raise ValueError(f"highest and lowest name {missing[0]!r}; allowed are the columns {list(frame.columns)}")
     bold = "font-weight: bold"
-    style = frame.style.set_caption(caption).format(_three_digits).set_table_styles([
+    style = frame.style.set_caption(caption).format(_three_digits, escape="html").set_table_styles([
         {"selector": "caption", "props": "text-align: left; color: inherit; padding-bottom: 4px"},
         {"selector": "td, th", "props": "text-align: left; padding: 3px 10px"},
     ])

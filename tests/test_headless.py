@@ -1,0 +1,436 @@
+"""Chapter 10: what a notebook declares, how a run ends, what is left behind, what the command says."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import nbformat
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from typer.testing import CliRunner
+
+from bigmodel_nb.headless.cli import CHECKS, app, copy_notebooks
+from bigmodel_nb.headless.parameters import (BadRequest, Parameter, catalogue, check_parameters, check_value, declaration, find_notebook,
+                                             read_parameters, suggestion)
+from bigmodel_nb.headless.report import to_html
+from bigmodel_nb.headless.run import RunFailed, run, write_atomic
+
+DECLARED = '''from pathlib import Path
+epsilon: float = 0.3  # radius
+steps: int = 10  # steps # and a sharp
+norm: str = "linf"  # "linf": largest; "l2": length
+name: str = "free"  # any text
+loud: bool = False  # say so
+sizes: list[int] = [8, 16]  # sides
+limit: float | None = None  # a bound
+data: Path | None = None  # a file
+plain = 3
+computed = max(1, 2)  # not a literal
+'''
+
+
+def notebook(*cells, parameters=None):
+    made = [new_code_cell(parameters, metadata={"tags": ["parameters"]})] if parameters else []
+    return new_notebook(cells=made + [cell if isinstance(cell, dict) else new_code_cell(cell) for cell in cells])
+
+
+@pytest.fixture
+def save(workshop):
+    def write(*cells, parameters=None, name="mine.ipynb"):
+        nbformat.write(notebook(*cells, parameters=parameters), name)
+        return name
+
+    return write
+
+
+def ended(name, **options):
+    """The run of a notebook that does not end well."""
+    with pytest.raises(RunFailed) as caught:
+        run(name, out="out", **options)
+    on_disk = json.loads(Path("out/metrics.json").read_text())
+    assert on_disk["status"] == caught.value.run.status
+    assert not [path.name for path in Path("out").iterdir() if path.name.startswith(".")], "nothing half-written stays"
+    return caught.value.run
+
+
+def bigmodel(*words):
+    result = CliRunner().invoke(app, list(words))
+    return result.exit_code, result.output.strip()
+
+
+# --- what a notebook declares
+
+def test_declaration_is_read_without_running_it():
+    found = read_parameters(notebook(parameters=DECLARED))
+    assert list(found) == ["epsilon", "steps", "norm", "name", "loud", "sizes", "limit", "data", "plain", "computed"]
+    assert found["epsilon"] == Parameter("epsilon", "float", 0.3, "radius")
+    assert found["steps"].help == "steps # and a sharp"
+    assert found["norm"].choices == ("linf", "l2") and found["name"].choices == ()
+    assert (found["plain"].type, found["computed"].type, found["computed"].default) == ("int", "Any", None)
+    assert read_parameters(notebook("x: int = 1")) == {}
+
+
+def test_a_parameters_cell_that_is_no_python_is_a_bad_request():
+    with pytest.raises(BadRequest, match="the parameters cell is no Python"):
+        read_parameters(notebook(parameters="x: int = = 3"))
+
+
+@pytest.mark.parametrize("name, text, value", [
+    ("epsilon", "0.3", 0.3), ("epsilon", "1e-3", 1e-3), ("epsilon", "8/255", 8 / 255), ("epsilon", "2", 2.0), ("steps", "-3", -3),
+    ("loud", "true", True), ("loud", "False", False), ("norm", "l2", "l2"), ("name", "0.3", "0.3"), ("sizes", "1,2, 3", [1, 2, 3]),
+    ("sizes", "[4]", [4]), ("sizes", "[]", []), ("limit", "none", None), ("limit", "2.5", 2.5), ("plain", "4", 4), ("computed", "so", "so")])
+def test_text_of_a_terminal_becomes_the_declared_type(name, text, value):
+    got = check_parameters(read_parameters(notebook(parameters=DECLARED)), {name: text}, text=True)[name]
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("epsilon", "lots", "epsilon is 'lots'; it needs a float"), ("epsilon", "1/0", "needs a float"), ("epsilon", "nan", "needs a float"),
+    ("steps", "1e-3", "steps is '1e-3'; it needs an integer"), ("steps", "3.0", "needs an integer"), ("loud", "yes please", "needs true or false"),
+    ("norm", "l3", "norm is 'l3'; allowed are 'linf', 'l2'"), ("sizes", "8,many", r"it needs a list \(an integer each\)"),
+    ("limit", "big", "limit is 'big'; it needs a float or none"), ("data", "gone.csv", "data names 'gone.csv', and there is no such file")])
+def test_text_that_does_not_fit_gets_a_sentence(name, text, said):
+    with pytest.raises(BadRequest, match=said):
+        check_parameters(read_parameters(notebook(parameters=DECLARED)), {name: text}, text=True)
+
+
+@pytest.mark.parametrize("name, value", [("epsilon", "0.3"), ("epsilon", True), ("epsilon", float("inf")), ("steps", 3.0), ("steps", True), ("loud", 1),
+                                         ("name", 3), ("sizes", [1, "2"]), ("sizes", 3), ("limit", "none"), ("norm", None)])
+def test_values_from_python_keep_their_type(name, value):
+    with pytest.raises(BadRequest, match=f"^{name} is "):
+        check_parameters(read_parameters(notebook(parameters=DECLARED)), {name: value})
+
+
+@given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=3)),
+       st.sampled_from(["epsilon", "steps", "norm", "name", "loud", "sizes", "limit"]))
+def test_any_value_is_either_of_the_declared_type_or_refused(value, name):
+    types = {"epsilon": float, "steps": int, "norm": str, "name": str, "loud": bool, "sizes": list, "limit": (float, type(None))}
+    try:
+        got = check_parameters(read_parameters(notebook(parameters=DECLARED)), {name: value})[name]
+    except BadRequest as error:
+        assert name in str(error)
+    else:
+        assert isinstance(got, types[name]) and (not isinstance(got, bool) or name == "loud")
+        json.dumps(got, allow_nan=False)
+
+
+@given(st.text(), st.text(max_size=20))
+def test_any_name_and_text_either_fits_or_is_refused(name, text):
+    declared = read_parameters(notebook(parameters=DECLARED))
+    try:
+        got = check_parameters(declared, {name: text}, text=True)
+    except BadRequest:
+        return
+    assert name in declared and list(got) == [name]
+
+
+@pytest.mark.parametrize("name", ["n=1;print(1)#", "", "a b", "1x", "class", "x.y", "__import__('os')", 3])
+def test_a_name_that_is_no_identifier_is_refused(name):
+    with pytest.raises(BadRequest, match="is not a parameter name"):
+        check_parameters(read_parameters(notebook(parameters=DECLARED)), {name: 1})
+
+
+def test_an_unknown_name_brings_the_nearest():
+    with pytest.raises(BadRequest, match="unknown parameter 'epsilom'; did you mean 'epsilon'"):
+        check_parameters(read_parameters(notebook(parameters=DECLARED)), {"epsilom": 1.0})
+    assert suggestion("zzz", ["kit"], "there are") == "; there are kit" and suggestion("x", [], "it takes") == "; it takes none"
+
+
+def test_a_path_is_resolved_against_the_current_folder(workshop):
+    Path("rows.csv").write_text("a\n1\n")
+    parameter = Parameter("data", "Path | None", None)
+    assert check_value(parameter, "rows.csv", text=True) == check_value(parameter, Path("rows.csv")) == str(workshop / "rows.csv")
+    assert check_value(parameter, None) is None
+
+
+def test_catalogue_has_the_course_in_order():
+    names = list(catalogue())
+    assert names.index("kit/core") < names.index("data/sources") < names.index("robust/attacks") < names.index("headless/run")
+    assert "index" not in names and "tour" in names
+    assert declaration("kit/core").promise and declaration("kit/core").parameters["seed"].default == 0
+
+
+@pytest.mark.parametrize("name, said", [("turo", "did you mean 'tour'"), ("robust/atacks", "did you mean 'robust/attacks'"), ("gone.ipynb", "no notebook file 'gone.ipynb'")])
+def test_an_unknown_notebook_brings_the_nearest(name, said):
+    with pytest.raises(BadRequest, match=said):
+        find_notebook(name)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"cells": 3}'])
+def test_a_file_that_is_no_notebook_is_a_bad_request(workshop, text):
+    Path("broken.ipynb").write_text(text)
+    with pytest.raises(BadRequest, match="'broken.ipynb' cannot be read as a notebook"):
+        declaration("broken.ipynb")
+
+
+# --- runs
+
+def test_a_run_returns_what_was_recorded_and_leaves_three_files(save):
+    name = save(new_markdown_cell("# Mine\n\n> Promise."), "from bigmodel_nb.kit.record import record\nrecord('double', 2 * n)", "import os; os.getcwd()",
+                parameters="n: int = 1  # a number")
+    done = run(name, out="out", n=21)
+    assert (done.status, done.metrics, done.parameters) == ("ok", {"double": 42}, {"n": 21})
+    assert sorted(path.name for path in done.folder.iterdir()) == ["metrics.json", "notebook.ipynb", "report.html"]
+    record = json.loads((done.folder / "metrics.json").read_text())
+    assert {"status", "metrics", "parameters", "versions", "seed", "device", "seconds", "peak_memory_mb", "error"} <= set(record)
+    assert record["status"] == "ok" and record["error"] is None and record["device"] == "cpu" and record["versions"]["python"]
+    assert 20 < record["peak_memory_mb"] < 1000 and record["seconds"] > 0
+    assert str(Path("out").absolute()) in str(nbformat.read(done.notebook, 4).cells[-1].outputs), "the kernel works in the run's folder"
+    assert Path.cwd() != Path("out").absolute()
+
+
+def test_default_folder_is_runs_name_time(save):
+    done = run(save("1"))
+    assert done.folder.parent == Path("runs/mine").absolute()
+
+
+def test_a_parameter_given_as_mapping_may_have_any_name(save):
+    done = run(save("from bigmodel_nb.kit.record import record\nrecord('got', out)", parameters="out: str = 'a'  # a word"), {"out": "b"}, out="out")
+    assert done.metrics == {"got": "b"}
+
+
+def test_peak_memory_is_that_of_the_kernel(save):
+    small = run(save("x = 1"), out="small").peak_memory
+    large = run(save("x = b'1' * 400_000_000\nimport time; time.sleep(0.3)"), out="large").peak_memory
+    assert 350 < large - small < 500
+
+
+def test_a_failing_cell_keeps_what_came_before(save):
+    name = save("from bigmodel_nb.kit.record import record\nrecord('before', 1)", new_markdown_cell("## The division"), "1 / 0", "record('after', 2)")
+    failed = ended(name)
+    assert failed.status == "failed" and failed.metrics == {"before": 1}
+    assert failed.error == {"cell": "cell 3 (The division)", "exception": "ZeroDivisionError",
+                            "message": "cell 3 (The division): ZeroDivisionError: division by zero"}
+    states = [cell.metadata.papermill.status for cell in nbformat.read(failed.notebook, 4).cells]
+    assert states == ["completed", "completed", "failed", "pending"]
+    assert "ZeroDivisionError" in failed.report.read_text()
+
+
+def test_sys_exit_with_a_code_is_a_failure(save):
+    assert ended(save("import sys; sys.exit(3)")).error["message"] == "cell 1: SystemExit: 3"
+
+
+def test_a_killed_kernel_is_called_killed(save):
+    killed = ended(save("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "1"))
+    assert killed.status == "killed" and killed.error["message"] == "cell 1: the kernel was ended by signal 9"
+    assert [cell.metadata.papermill.status for cell in nbformat.read(killed.notebook, 4).cells] == ["failed", "pending"]
+
+
+def test_a_cell_that_takes_too_long_is_a_timeout(save):
+    late = ended(save("1", "import time; time.sleep(60)"), timeout=2)
+    assert late.status == "timeout" and late.error["message"] == "cell 2: the cell took longer than 2 s" and late.seconds < 30
+
+
+def test_ctrl_c_is_an_interrupted_run(save):
+    import _thread
+
+    name = save("import pathlib, time; pathlib.Path('started').touch(); time.sleep(60)")
+
+    def press():
+        while not Path("out/started").exists():
+            threading.Event().wait(0.05)
+        _thread.interrupt_main()
+
+    threading.Thread(target=press).start()
+    stopped = ended(name)
+    assert stopped.status == "interrupted" and stopped.seconds < 40
+
+
+def test_a_metric_that_json_cannot_hold_fails_where_it_is_recorded(save):
+    failed = ended(save("from bigmodel_nb.kit.record import record\nrecord('loss', float('nan'))"))
+    assert "loss is nan, which JSON cannot hold" in failed.error["message"]
+
+
+@pytest.mark.parametrize("mapping, said", [({"epsilom": 1.0}, "unknown parameter"), ({"n": "x"}, "n is 'x'; it needs an integer"), ({"n=1": 1}, "not a parameter name")])
+def test_a_bad_request_writes_nothing(save, mapping, said):
+    name = save("1", parameters="n: int = 1  # a number")
+    with pytest.raises(BadRequest, match=said):
+        run(name, mapping, out="out/deep")
+    assert sorted(path.name for path in Path().iterdir()) == [name]
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(save):
+    done = run(save("1"), out="out")
+    before = (done.folder / "metrics.json").read_bytes()
+    with pytest.raises(BadRequest, match="out is 'out', which already holds a run; allowed is a new folder"):
+        run("mine.ipynb", out="out")
+    assert (done.folder / "metrics.json").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_starts(save):
+    name = save("1")
+    Path("file").write_text("in the way")
+    with pytest.raises(BadRequest, match="out is 'file/deep', where nothing can be written"):
+        run(name, out="file/deep")
+    if os.geteuid() != 0:  # root writes everywhere
+        Path("closed").mkdir(mode=0o500)
+        with pytest.raises(BadRequest, match="where nothing can be written"):
+            run(name, out="closed/out")
+        assert not list(Path("closed").iterdir())
+
+
+LIMITED = """
+import resource, sys
+sys.path.insert(0, {offline!r})
+import sitecustomize
+from bigmodel_nb.headless.cli import app
+import bigmodel_nb.headless.run, papermill.execute, nbclient
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+app(["run", "mine.ipynb", "--out", "out"])
+"""
+
+
+def test_a_file_that_may_grow_no_further_fails_the_run_in_one_sentence(save):
+    save("'x' * 300_000", "1")
+    script = LIMITED.format(offline=str(Path(__file__).parent / "offline"), limit=100_000)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("bigmodel: failed: the disk is full") and "Traceback" not in done.stderr
+    record = json.loads(Path("out/metrics.json").read_text())
+    assert record["status"] == "failed" and record["error"]["message"].startswith("the disk is full")
+    assert all(json.loads(path.read_text()) for path in Path("out").glob("*.ipynb"))
+
+
+def test_a_disk_that_fills_fails_the_run_in_one_sentence(save, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        save("'x' * 300_000", "1")
+        done = subprocess.run([sys.executable, "-c", "from bigmodel_nb.headless.cli import main; main()", "run", "mine.ipynb", "--out", str(disk / "out")],
+                              capture_output=True, text=True)
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.strip().splitlines()[-1] == "bigmodel: failed: the disk is full: No space left on device"
+        assert "Traceback" not in done.stderr
+        record = json.loads((disk / "out" / "metrics.json").read_text())
+        assert record["status"] == "failed" and "the disk is full" in record["error"]["message"]
+        for path in (disk / "out").glob("*.ipynb"):
+            json.loads(path.read_text())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_runs_side_by_side_do_not_disturb_each_other(save):
+    name = save("from bigmodel_nb.kit.record import record\nimport os\nrecord('n', n)\nrecord('place', os.path.basename(os.getcwd()))", parameters="n: int = 0  # a number")
+    done = {}
+    threads = [threading.Thread(target=lambda n=n: done.update({n: run(name, out=f"out{n}", n=n)})) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {n: each.metrics for n, each in done.items()} == {n: {"n": n, "place": f"out{n}"} for n in range(4)}
+
+
+def test_an_atomic_write_keeps_the_old_file_when_it_fails(workshop, monkeypatch):
+    path = workshop / "record.json"
+    write_atomic(path, "old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError):
+        write_atomic(path, "new")
+    assert path.read_text() == "old" and [each.name for each in workshop.iterdir()] == ["record.json"]
+
+
+# --- the report
+
+def test_report_is_one_file_with_its_mathematics():
+    prose = "# Title & more\n\n$a^2$ and\n\n$$\\sum_i x_i$$\n\n\\begin{align}x &= 1\\end{align}\n\n```\ncode\n```\n\n| a |\n|---|\n| $b$ |"
+    page = to_html(notebook(new_markdown_cell(prose), "x = '<b>'"), {"status": "ok", "metrics": {}, "parameters": {"file": "<script>alert(1)</script>"}})
+    assert page.count("<math") == 4 and "<title>Title &amp; more</title>" in page
+    assert "<script" not in page and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_report_shows_shares_with_their_interval_and_failures():
+    page = to_html(notebook("1"), {"status": "failed", "error": {"message": "cell 1: <bad>"}, "metrics": {"accuracy": {"value": 0.9, "low": 0.8, "high": 0.95, "n": 50}}})
+    assert "0.900 [0.800, 0.950], n = 50" in page and "cell 1: &lt;bad&gt;" in page
+
+
+def test_report_keeps_a_formula_that_is_no_tex():
+    assert "<code>\\frac{1}{</code>" in to_html(notebook(new_markdown_cell("Here: $\\frac{1}{$")))
+
+
+def test_report_shows_outputs_and_alternative_text():
+    picture = new_output("display_data", {"image/png": "aGVsbG8="}, metadata={"image/png": {"alt": 'A "wave".'}})
+    text = new_output("execute_result", {"text/plain": "'<i>'"})
+    page = to_html(notebook(new_code_cell("f()", outputs=[picture, text])))
+    assert 'alt="A &#34;wave&#34;."' in page and "&lt;i&gt;" in page and "<details" in page
+
+
+# --- the command
+
+@pytest.mark.parametrize("words, said", [
+    (["run", "turo"], "did you mean 'tour'"), (["show", "turo"], "did you mean 'tour'"),
+    (["run", "kit/record", "-p", "trows", "5"], "unknown parameter 'trows'; did you mean 'throws'"),
+    (["run", "kit/record", "-p", "throws", "lots"], "throws is 'lots'; it needs an integer"),
+    (["run", "kit/record", "-p", "n=1;print(1)#", "3"], "'n=1;print(1)#' is not a parameter name"),
+    (["run", "kit/record", "-p", "budget", "fast"], "budget is 'fast'; allowed are 'quick', 'full'"),
+    (["run", "kit/record", "-p", "seed", "1", "-p", "seed", "2"], "parameter 'seed' is given twice"),
+    (["run", "kit/record", "-p", "seed"], "parameter 'seed' comes without a value"),
+    (["run", "gone.ipynb"], "there is no notebook file 'gone.ipynb'")])
+def test_a_bad_request_is_one_sentence_and_exit_code_2(workshop, words, said):
+    code, output = bigmodel(*words)
+    assert code == 2 and said in output and len(output.splitlines()) == 1 and output.startswith("bigmodel: ")
+    assert not list(workshop.iterdir()), "nothing written"
+
+
+def test_commands_show_what_there_is(workshop):
+    code, listed = bigmodel("list")
+    assert code == 0 and all(name in listed for name in catalogue())
+    code, shown = bigmodel("show", "kit/record")
+    assert code == 0 and "-p throws 2000" in shown and "throws of the needle" in shown
+    assert bigmodel()[0] in (0, 2)
+
+
+def test_run_prints_metrics_and_where_the_report_is(save):
+    save("from bigmodel_nb.kit.record import record\nrecord('answer', n)", parameters="n: int = 1  # a number")
+    code, output = bigmodel("run", "mine.ipynb", "-p", "n", "42", "--out", "out")
+    assert code == 0 and output.splitlines()[0] == "answer: 42" and output.splitlines()[-1] == "out/report.html"
+    assert bigmodel("run", "mine.ipynb", "--quiet", "--out", "quiet") == (0, "quiet/report.html")
+
+
+def test_run_of_a_failing_notebook_exits_with_1(save):
+    code, output = bigmodel("run", save("1 / 0"), "--out", "out")
+    assert code == 1 and output.splitlines() == ["kept in out", "bigmodel: failed: cell 1: ZeroDivisionError: division by zero"]
+
+
+def test_lab_copies_notebooks_and_never_over_a_file(workshop):
+    copied, kept = copy_notebooks(workshop / "mine")
+    assert copied == len(catalogue()) + 1 and kept == 0
+    mine = workshop / "mine" / "00_kit" / "01_record.ipynb"
+    mine.write_text("my work")
+    assert copy_notebooks(workshop / "mine") == (0, copied) and mine.read_text() == "my work"
+    Path("file").write_text("in the way")
+    with pytest.raises(BadRequest, match="folder is 'file', where notebooks cannot be written"):
+        copy_notebooks(Path("file"))
+
+
+def test_doctor_checks_the_ground(workshop):
+    found = {name: (finding, advice) for name, finding, advice in (check() for check in CHECKS)}
+    assert {"Python", "torch", "torchvision", "GPU", "precision", "model hub", "MiniLM", "memory", "disk"} == set(found)
+    assert found["model hub"][0] == "switched off by HF_HUB_OFFLINE"
+    assert not found["torch"][1] and not found["torchvision"][1] and not found["Python"][1]
+
+
+def test_doctor_advises(workshop, monkeypatch):
+    import torchvision
+
+    monkeypatch.setattr(torchvision.ops, "nms", lambda *_: (_ for _ in ()).throw(RuntimeError("operator torchvision::nms does not exist")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # the hub is looked for, and the tests' network is off
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    code, output = bigmodel("doctor")
+    assert code == 1
+    for part in ("operator torchvision::nms does not exist", "both in one command", "cannot be reached", "free some space here"):
+        assert part in output
+
+
+def test_command_is_quick_to_ask():
+    script = "import sys, bigmodel_nb.headless.cli; sys.exit(bool({'torch', 'transformers', 'papermill', 'matplotlib'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
