@@ -17,8 +17,9 @@ def log_softmax(
     dim: int = -1,  # the dimension of the classes
 ) -> Tensor:  # the shape of `input`
     "Logarithm of softmax along `dim`, without overflow for any finite logits. Semantics of `torch.log_softmax`."
-    shifted = input - input.amax(dim, keepdim=True).detach()
-    return shifted - shifted.exp().sum(dim, keepdim=True).log()
+    wide = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+    shifted = wide - wide.amax(dim, keepdim=True).detach()
+    return (shifted - shifted.exp().sum(dim, keepdim=True).log()).to(input.dtype)
 
 # %% ../../nbs/02_foundations/01_losses.ipynb #33a6b624
 def softmax(

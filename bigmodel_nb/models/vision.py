@@ -14,7 +14,8 @@ def _start(module: nn.Module) -> None:
     "He et al. 2015, equation 10: weights of variance 2 / fan-in, so that the signal keeps its size through the rectifiers."
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 # %% ../../nbs/03_models/03_vision.ipynb #0786ac22
 def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -61,8 +62,7 @@ class SmallConvNet(nn.Module):
         expected = (self.in_channels, self.image_size, self.image_size)
         if input.dim() != 4 or input.shape[1:] != expected:
             raise ValueError(f"input has shape {tuple(input.shape)}; allowed is (batch, {', '.join(map(str, expected))})")
-        centred = 2 * input - 1  # as many values below 0 as above
-        return self.head(self.stages(centred).flatten(1))
+        return self.head(self.stages(input).flatten(1))
 
 # %% ../../nbs/03_models/03_vision.ipynb #1b9279af
 def _check_sizes(**sizes: tuple[int, int]) -> None:
