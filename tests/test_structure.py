@@ -148,7 +148,7 @@ def made_again(tmp_path_factory):
     (folder / "bigmodel_nb").mkdir()
     for file in ("settings.ini", "setup.py", "bigmodel_nb/__init__.py"):
         shutil.copy(ROOT / file, folder / file)
-    script = "from nbdev.export import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()"
+    script = "from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()"
     subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
     return folder
 

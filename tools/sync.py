@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 from nbdev.clean import nbdev_clean
-from nbdev.export import nbdev_export
+from nbdev.doclinks import nbdev_export
 
 from bigmodel_nb.headless.parameters import catalogue
 from bigmodel_nb.headless.run import RunFailed, run

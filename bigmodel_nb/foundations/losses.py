@@ -12,31 +12,39 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/02_foundations/01_losses.ipynb #cf50ba5d
+def _shifted(input: Tensor, dim: int) -> Tensor:
+    "`input` minus its maximum along `dim`, in 32 bits at least."
+    wide = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+    return wide - wide.amax(dim, keepdim=True).detach()
+
+# %% ../../nbs/02_foundations/01_losses.ipynb #33a6b624
 def log_softmax(
     input: Tensor,  # logits of any shape, floating
     dim: int = -1,  # the dimension of the classes
 ) -> Tensor:  # the shape of `input`
     "Logarithm of softmax along `dim`, without overflow for any finite logits. Semantics of `torch.log_softmax`."
-    wide = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-    shifted = wide - wide.amax(dim, keepdim=True).detach()
+    shifted = _shifted(input, dim)
     return (shifted - shifted.exp().sum(dim, keepdim=True).log()).to(input.dtype)
 
-# %% ../../nbs/02_foundations/01_losses.ipynb #33a6b624
+# %% ../../nbs/02_foundations/01_losses.ipynb #f518ce9d
 def softmax(
     input: Tensor,  # logits of any shape, floating
     dim: int = -1,  # the dimension of the classes
 ) -> Tensor:  # the shape of `input`; sums to 1 along `dim`
     "Exponentials of `input` divided by their sum along `dim`. Semantics of `torch.softmax`."
-    return log_softmax(input, dim).exp()
+    powers = _shifted(input, dim).exp()
+    return (powers / powers.sum(dim, keepdim=True)).to(input.dtype)
 
 # %% ../../nbs/02_foundations/01_losses.ipynb #61641e83
-def _check_targets(input: Tensor, target: Tensor, ignore_index: int) -> None:
+def _check_targets(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
     if input.dim() == 0 or target.shape != input.shape[:1] + input.shape[2:] and not (input.dim() == 1 and target.dim() == 0):
         raise ValueError(f"target has shape {tuple(target.shape)} and input {tuple(input.shape)}; "
                          "allowed is input (batch, class, ...) with target (batch, ...)")
     if target.is_floating_point():
         raise TypeError(f"target is {target.dtype}; allowed are integers, the index of the true class")
     classes = input.shape[0 if input.dim() == 1 else 1]
+    if weight is not None and weight.shape != (classes,):
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; allowed is ({classes},), a number for each class")
     outside = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
     if outside.numel():
         raise ValueError(f"target holds class {outside.flatten()[0].item()}; allowed are 0 to {classes - 1}, and ignore_index {ignore_index}")
@@ -64,7 +72,7 @@ def nll(
 
     Raises `ValueError` for shapes that do not fit and targets out of range, `TypeError` for targets that are no integers.
     """
-    _check_targets(input, target, ignore_index)
+    _check_targets(input, target, weight, ignore_index)
     dim, kept = (0 if input.dim() == 1 else 1), target != ignore_index
     index = target.where(kept, 0)
     weights = kept.to(input.dtype) if weight is None else weight.to(input.dtype)[index] * kept

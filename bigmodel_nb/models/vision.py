@@ -32,7 +32,7 @@ class SmallConvNet(nn.Module):
 
     Stages of two convolutions and a pooling follow each other until the map is less than 4 pixels wide; the channels double
     from stage to stage, from `width` to at most `4 * width`. A linear layer reads the last map. Its weights start as
-    He et al. (2015) derive. Raises `ValueError` for sizes that are not allowed and for an input of another shape.
+    He et al. (2015) derive. Raises `ValueError` for sizes that are not allowed and for an input of another shape, `TypeError` for one of integers.
     """
 
     def __init__(
@@ -59,6 +59,8 @@ class SmallConvNet(nn.Module):
         input: Tensor,  # (batch, channel, height, width), values in [0, 1]
     ) -> Tensor:  # (batch, class)
         "Logits of a batch of images."
+        if not input.is_floating_point():
+            raise TypeError(f"input is {input.dtype}; allowed are floating numbers in [0, 1]: divide bytes by 255")
         expected = (self.in_channels, self.image_size, self.image_size)
         if input.dim() != 4 or input.shape[1:] != expected:
             raise ValueError(f"input has shape {tuple(input.shape)}; allowed is (batch, {', '.join(map(str, expected))})")

@@ -8,6 +8,7 @@ __all__ = ['forward', 'move', 'supervised', 'Evaluation', 'evaluate', 'predict',
 # %% ../../nbs/04_training/01_loop.ipynb #6b1bb14b
 import functools
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -99,8 +100,8 @@ class Evaluation:
 
 # %% ../../nbs/04_training/01_loop.ipynb #66ed02f0
 def evaluate(
-    model: nn.Module,  # gives logits (batch, class); its mode is restored afterwards
-    loader: Iterable,  # batches (input, target) with targets (batch,), the index of the true class
+    model: nn.Module,  # gives logits (batch, class, ...); its mode is restored afterwards
+    loader: Iterable,  # batches (input, target) with targets (batch, ...), the index of the true class
     device: torch.device | str | None = None,  # where the model is; default: where its first parameter is
 ) -> Evaluation:
     "Loss and accuracy over all examples of `loader`, in evaluation mode. Raises `ValueError` where there are none."
@@ -110,7 +111,7 @@ def evaluate(
             logits = forward(model, input)
             loss += cross_entropy(logits.float(), target, reduction="sum").item()
             right += (logits.argmax(1) == target).sum().item()
-            count += len(target)
+            count += target.numel()
     return Evaluation(loss / count, Proportion.of(right, count))
 
 # %% ../../nbs/04_training/01_loop.ipynb #f2084f7b
@@ -135,7 +136,7 @@ class History:
     rows: list[dict[str, float]] = field(default_factory=list)  # one dict an epoch
     batch_losses: list[float] = field(default_factory=list)  # loss of each batch, before its step
     interrupted: bool = False  # Ctrl-C (or the notebook's stop button) ended it
-    stop: bool = False  # a callback sets it to end the run after this batch
+    stop: bool = False  # a callback sets it to end the run: at once, with a last row, validation and `on_epoch_end`
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -152,11 +153,12 @@ def _step(model: nn.Module, input: Any, target: Tensor, objective: Callable, opt
     "One step of training; returns the loss before it."
     optimizer.zero_grad()
     loss = objective(model, input, target)
-    if loss.dim() != 0:
-        raise ValueError(f"objective gave a loss of shape {tuple(loss.shape)}; allowed is a scalar")
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"objective gave {given}; allowed is a scalar tensor")
     value = loss.item()
     if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is {value} in {where}, and the weights are still those from before this batch; "
+        raise FloatingPointError(f"the loss is {value} in {where}, and the parameters are still those from before this batch; "
                                  "allowed are finite losses: lower the learning rate, set max_norm, or look at this batch")
     loss.backward()
     if max_norm is not None:
@@ -192,7 +194,8 @@ def _epoch(history: History, epoch: int, loader: Iterable, device: torch.device,
 def _run(history: History, epochs: int, model: nn.Module, train_loader: Iterable, valid_loader: Iterable | None, device: torch.device, step: Callable, callbacks: list) -> None:
     "The epochs: train, evaluate, add a row to `history`, call the callbacks."
     length = len(train_loader) if hasattr(train_loader, "__len__") else None
-    with tqdm(total=length and length * epochs, unit="batch", leave=False) as bar:
+    silent = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")  # tqdm's notebook bar does not look by itself
+    with tqdm(total=length and length * epochs, unit="batch", leave=False, disable=silent) as bar:
         for epoch in range(1, epochs + 1):
             start = time.perf_counter()
             row = {"epoch": epoch, "train_loss": _epoch(history, epoch, train_loader, device, step, callbacks, bar)}
@@ -269,7 +272,7 @@ def draw_history(
         raise ValueError("history has no epoch; allowed is one of at least one epoch")
     frame = history.frame
     made, axes = figure(title, height=2.6, grid=True)
-    for name, color in {"train": COLORS["ours"], "valid": COLORS["library"]}.items():
+    for name, color in {"train": COLORS["ours"], "valid": COLORS["extra"]}.items():
         losses = frame[f"{name}_loss"]
         if losses.notna().any():
             axes.plot(frame["epoch"], losses, color=color, label=name, marker="o", markersize=3)
@@ -292,7 +295,7 @@ class LiveCurve:
 
     def on_epoch_end(self, history: History) -> None:
         "Draw, or redraw, the curve."
-        if get_ipython() is None or len(history.rows) % self.every:
+        if getattr(get_ipython(), "kernel", None) is None or len(history.rows) % self.every:
             return
         picture = draw_history(history)
         if self._handle is None or len(history.rows) == self.every:  # a new run gets a new picture

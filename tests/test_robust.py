@@ -1,0 +1,346 @@
+"""Chapter 6: attacks beside closed forms, their manners as guests, and training against them."""
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from bigmodel_nb.data.sources import digits, loader, split_indices
+from bigmodel_nb.kit.core import Proportion
+from bigmodel_nb.models.vision import SmallConvNet
+from bigmodel_nb.robust.attacks import FGSM, PGD, _margin, _project, _random_change, robust_accuracy, robustness_curve
+from bigmodel_nb.robust.training import AdversarialTraining
+from bigmodel_nb.training.loop import evaluate, fit
+
+BALLS = st.sampled_from(["linf", "l2"])
+
+
+def linear(d=20, classes=2, seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(d, classes).double()
+
+
+def examples(n=12, d=20, seed=1):
+    return torch.rand(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def best_gain(w, x, eps, norm):
+    """The largest rise of w·x in ball and box: closed form, or bisection on the multiplier."""
+    if norm == "linf":
+        return ((x + eps * w.sign()).clamp(0, 1) - x) @ w
+    low, high = torch.zeros(len(x), 1, dtype=x.dtype), torch.full((len(x), 1), 1e9, dtype=x.dtype)
+    for _ in range(200):
+        middle = (low + high) / 2
+        inside = ((x + middle * w).clamp(0, 1) - x).norm(dim=1, keepdim=True) <= eps
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    return ((x + low * w).clamp(0, 1) - x) @ w
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.01), ("linf", 0.1), ("linf", 0.6), ("l2", 0.05), ("l2", 0.5), ("l2", 1.5)])
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_pgd_reaches_the_optimum_of_a_linear_model_box_included(norm, eps, loss, seed):
+    model, x = linear(seed=seed), examples(seed=seed + 10)
+    w = (model.weight[1] - model.weight[0]).detach()
+    gain = (PGD(eps, norm=norm, loss=loss)(model, x, torch.zeros(len(x), dtype=torch.long)) - x) @ w
+    attained = gain / best_gain(w, x, eps, norm)
+    assert attained.min() >= 0.9999 and attained.max() <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_fgsm_is_exact_on_a_linear_model_without_a_box(norm):
+    model, x = linear(), examples()
+    w = (model.weight[1] - model.weight[0]).detach()
+    found = FGSM(0.3, norm=norm, bounds=(-50.0, 50.0))(model, x, torch.zeros(len(x), dtype=torch.long))
+    dual = w.abs().sum() if norm == "linf" else w.norm()
+    assert ((found - x) @ w / (0.3 * dual)).sub(1).abs().max() < 1e-9
+
+
+@settings(max_examples=40, deadline=None)
+@given(BALLS, st.floats(0, 1), st.integers(0, 5), st.sampled_from([(3,), (1, 4, 4), (2, 3)]), st.booleans(), st.booleans())
+def test_result_lies_in_ball_and_box(norm, eps, n, shape, targeted, early_stop):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 3)).double()
+    x, y = torch.rand(n, *shape, dtype=torch.float64), torch.randint(0, 3, (n,))
+    for attack in (FGSM(eps, norm, targeted=targeted), PGD(eps, norm, steps=3, restarts=2, targeted=targeted, early_stop=early_stop)):
+        found = attack(model, x, y)
+        assert found.shape == x.shape and found.dtype == x.dtype and not found.requires_grad
+        assert n == 0 or found.min() >= 0 and found.max() <= 1
+        change = (found - x).flatten(1)
+        length = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
+        assert n == 0 or length.max() <= eps * (1 + 1e-9) + 1e-12
+        if eps == 0:
+            assert torch.equal(found, x)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.01, 2.0))
+def test_projection_is_the_nearest_point(seed, eps):
+    generator = torch.Generator().manual_seed(seed)
+    x, change = torch.rand(1, 6, dtype=torch.float64, generator=generator), torch.randn(1, 6, dtype=torch.float64, generator=generator)
+    nearest = _project(change, x, eps, "l2", (0.0, 1.0))
+    others = torch.randn(300, 6, dtype=torch.float64, generator=generator)
+    others = others * (eps * torch.rand(300, 1, dtype=torch.float64, generator=generator) / others.norm(dim=1, keepdim=True))
+    allowed = others[((x + others) >= 0).all(1) & ((x + others) <= 1).all(1)]
+    assert nearest.norm() <= eps * (1 + 1e-9) and (x + nearest).min() >= 0 and (x + nearest).max() <= 1
+    if len(allowed):
+        assert (nearest - change).norm() <= (allowed - change).norm(dim=1).min() + 1e-7
+
+
+@pytest.mark.parametrize("d", [1, 2, 10])
+def test_random_start_is_uniform_in_the_sphere(d):
+    lengths = _random_change(torch.zeros(20_000, d), 2.0, "l2", torch.Generator().manual_seed(0)).norm(dim=1)
+    for share in (0.1, 0.5, 0.9):
+        assert abs((lengths <= 2 * share ** (1 / d)).float().mean() - share) < 0.015
+
+
+def test_random_start_is_uniform_in_the_cube():
+    change = _random_change(torch.zeros(20_000, 2), 0.5, "linf", torch.Generator().manual_seed(0))
+    assert change.abs().max() <= 0.5 and abs(change.var().item() - 1 / 12) < 0.002
+
+
+def trained_net():
+    images, targets = digits()
+    train, test = split_indices(targets, (0.8, 0.2), 0)
+    torch.manual_seed(0)
+    net = SmallConvNet(width=12)
+    fit(net, loader(images[train], targets[train], shuffle=True), epochs=8, optimizer=torch.optim.AdamW(net.parameters(), lr=5e-3), device="cpu")
+    return net.eval(), images[test][:120], targets[test][:120]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return trained_net()
+
+
+def test_shifting_logits_changes_nothing(trained):
+    net, x, y = trained
+
+    class Shifted(nn.Module):
+        def forward(self, input):
+            return net(input) - 1000.0
+
+    ours, shifted = (robust_accuracy(model, loader(x, y), PGD(0.15, loss="margin")) for model in (net, Shifted()))
+    assert abs(ours.value - shifted.value) <= 0.01
+
+
+def test_scaling_logits_by_a_thousand_hides_nothing(trained):
+    net, x, y = trained
+
+    class Scaled(nn.Module):
+        def forward(self, input):
+            return 1000 * net(input)
+
+    plain = robust_accuracy(net, loader(x, y), PGD(0.12))
+    with pytest.warns(UserWarning, match="the margin is used there"):
+        masked = robust_accuracy(Scaled(), loader(x, y), PGD(0.12))
+    assert 0.1 < plain.value < 0.95 and masked.value <= plain.high
+
+
+def test_more_steps_restarts_and_radius_never_help_the_model(trained):
+    net, x, y = trained
+    batches = loader(x, y)
+    one, many = robust_accuracy(net, batches, FGSM(0.15)).value, robust_accuracy(net, batches, PGD(0.15, steps=20)).value
+    again = robust_accuracy(net, batches, PGD(0.15, steps=20, restarts=3)).value
+    assert again <= many <= one <= evaluate(net, batches).accuracy.value
+    assert robust_accuracy(net, batches, PGD(0.5, steps=20)).value == 0
+
+
+def test_early_stop_fools_as_many(trained):
+    net, x, y = trained
+    whole, early = (robust_accuracy(net, loader(x, y), PGD(0.12, steps=10, early_stop=stop)).value for stop in (False, True))
+    assert early == whole
+
+
+def test_targeted_attack_reaches_its_class(trained):
+    net, x, y = trained
+    goal = (y + 1) % 10
+    found = PGD(0.4, steps=20, targeted=True)(net, x, goal)
+    assert (net(found).argmax(1) == goal).float().mean() > 0.8
+
+
+def test_curve_is_monotone_and_starts_at_plain_accuracy(trained):
+    net, x, y = trained
+    curve = robustness_curve(net, loader(x, y), PGD(0.1, steps=3), [0.2, 0.0, 0.05, 0.1])
+    assert curve["eps"].tolist() == [0.0, 0.05, 0.1, 0.2] and (curve["accuracy"].diff().dropna() <= 0).all()
+    assert curve["accuracy"].iloc[0] == evaluate(net, loader(x, y)).accuracy.value
+    assert ((curve["low"] <= curve["accuracy"]) & (curve["accuracy"] <= curve["high"])).all() and set(curve["n"]) == {120}
+
+
+def test_result_does_not_depend_on_the_split_into_batches_without_random_start(trained):
+    net, x, y = trained
+    whole, parts = (robust_accuracy(net, loader(x, y, size), FGSM(0.1)) for size in (120, 17))
+    assert whole == parts and isinstance(whole, Proportion)
+
+
+@pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1, steps=2), PGD(0.1, norm="l2", steps=2)])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(attack, training):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 3))
+    model[0].weight.requires_grad_(False)
+    model[4].bias.grad = torch.ones(3)
+    model.train(training)
+    model[1].train(not training)
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    x, y = torch.rand(5, 1, 8, 8), torch.randint(0, 3, (5,))
+    state = torch.get_rng_state()
+    attack(model, x, y)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == [False] + [True] * (len(list(model.parameters())) - 1)
+    assert torch.equal(model[4].bias.grad, torch.ones(3)) and model[4].weight.grad is None
+
+
+def test_the_model_is_left_as_it_was_when_it_raises():
+    class Failing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, input):
+            raise RuntimeError("no")
+
+    model = Failing()
+    with pytest.raises(RuntimeError, match="no"):
+        PGD(0.1)(model, torch.rand(2, 3), torch.tensor([0, 1]))
+    assert model.training and model.layer.weight.requires_grad
+
+
+def test_the_same_seed_gives_the_same_attack(trained):
+    net, x, y = trained
+    first, same, other = (PGD(0.1, steps=2, seed=seed)(net, x[:9], y[:9]) for seed in (0, 0, 1))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"eps": -0.1}, "eps is -0.1; allowed is a radius"), ({"eps": 8}, "eps is 8; allowed is a radius in input units, from 0 to 1"),
+    ({"eps": float("nan")}, "eps is nan"), ({"eps": 0.1, "norm": "l3"}, "norm is 'l3'; allowed are 'linf' and 'l2'"),
+    ({"eps": 0.1, "loss": "dlr"}, "loss is 'dlr'"), ({"eps": 0.1, "bounds": (1.0, 0.0)}, "bounds is"), ({"eps": 0.1, "steps": 0}, "steps is 0"),
+    ({"eps": 0.1, "restarts": 0}, "restarts is 0"), ({"eps": 0.1, "step_size": 0.0}, "step_size is 0.0")])
+def test_bad_settings_get_a_sentence(options, said):
+    with pytest.raises(ValueError, match=said):
+        PGD(**options)
+
+
+@pytest.mark.parametrize("x, y, error, said", [
+    (torch.full((2, 3), 2.0), [0, 1], ValueError, "x ranges from 2 to 2; allowed are values within bounds"),
+    (torch.ones(2, 3, dtype=torch.uint8), [0, 1], TypeError, "x is torch.uint8; allowed are floating inputs"),
+    (torch.full((2, 3), float("nan")), [0, 1], ValueError, "x holds nan or infinity"),
+    (torch.rand(2, 3), [0.0, 1.0], ValueError, "y is torch.float32"), (torch.rand(2, 3), [0], ValueError, r"integers of shape \(2,\)")])
+def test_bad_examples_get_a_sentence(x, y, error, said):
+    with pytest.raises(error, match=said):
+        PGD(0.1)(nn.Linear(3, 2), x, torch.tensor(y))
+
+
+def test_bad_models_get_a_sentence():
+    x, y = torch.rand(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="model gives probabilities"):
+        FGSM(0.1)(nn.Sequential(nn.Linear(3, 2), nn.Softmax(1)), x, y)
+    with pytest.raises(ValueError, match="allowed are logits"):
+        FGSM(0.1)(nn.Linear(3, 1), x, y)
+
+    class Rounded(nn.Module):
+        def forward(self, input):
+            return (input > 0.5).float()[:, :2]
+
+    with pytest.raises(ValueError, match="black-box attack"):
+        FGSM(0.1)(Rounded(), x, y)
+    with pytest.raises(ValueError, match="attack is targeted"):
+        robust_accuracy(nn.Linear(3, 2), [(x, y)], FGSM(0.1, targeted=True))
+    with pytest.raises(ValueError, match="data gives no batch"):
+        robust_accuracy(nn.Linear(3, 2), [], FGSM(0.1))
+    with pytest.raises(ValueError, match="eps has 0 radii"):
+        robustness_curve(nn.Linear(3, 2), [(x, y)], FGSM(0.1), [])
+
+
+def test_labels_out_of_range_get_a_sentence():
+    with pytest.raises(ValueError, match="y holds class 5; allowed are 0 to 1"):
+        PGD(0.1)(nn.Linear(3, 2), torch.rand(2, 3), torch.tensor([0, 5]))
+
+
+def test_margin_is_positive_exactly_where_the_model_errs():
+    logits, y = torch.randn(200, 5, generator=torch.Generator().manual_seed(0)), torch.randint(0, 5, (200,), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(_margin(logits, y) > 0, logits.argmax(1) != y)
+
+
+# --- training
+
+@pytest.mark.parametrize("attack", [PGD(0.3, bounds=(-20.0, 20.0)), FGSM(0.3, bounds=(-20.0, 20.0))])
+def test_logistic_regression_has_the_closed_forms_gradient(attack):
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(6, dtype=torch.float64))
+    rows, signs = torch.randn(30, 6, dtype=torch.float64), torch.randint(0, 2, (30,))
+
+    class Logistic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = w
+
+        def forward(self, input):
+            return torch.stack([torch.zeros(len(input), dtype=input.dtype), input @ self.w], 1)
+
+    model = Logistic()
+    (measured,) = torch.autograd.grad(AdversarialTraining(attack)(model, rows, signs), w)
+    margin = (2 * signs - 1) * (rows @ w)
+    (derived,) = torch.autograd.grad(nn.functional.softplus(-(margin - 0.3 * w.abs().sum())).mean(), w)
+    assert (measured - derived).abs().max() < 1e-12
+
+
+def test_clean_weight_mixes_both_losses():
+    model, x, y = linear(), examples(), torch.zeros(12, dtype=torch.long)
+    attacked, clean, mixed = (AdversarialTraining(FGSM(0.1), clean_weight=share)(model, x, y).item() for share in (0.0, 1.0, 0.25))
+    assert attacked > clean and mixed == pytest.approx(0.75 * attacked + 0.25 * clean)
+
+
+def test_objective_attacks_in_evaluation_mode_and_trains_in_the_models_own():
+    seen = []
+
+    class Watched(nn.Linear):
+        def forward(self, input):
+            seen.append(self.training)
+            return super().forward(input)
+
+    AdversarialTraining(PGD(0.1, steps=1))(Watched(20, 2).double().train(), examples(), torch.zeros(12, dtype=torch.long))
+    assert seen[-1] is True and set(seen[:-1]) == {False}
+
+
+def test_random_starts_differ_between_calls_and_repeat_between_objectives():
+    def losses():
+        torch.manual_seed(0)
+        model, objective = linear(classes=3), AdversarialTraining(PGD(0.4, steps=1, step_size=0.01))
+        return [objective(model, examples(), torch.zeros(12, dtype=torch.long)).item() for _ in range(2)]
+
+    first = losses()
+    assert first[0] != first[1] and losses() == first
+
+
+def test_adversarial_training_holds_where_ordinary_training_does_not(trained):
+    net, x, y = trained
+    images, targets = digits()
+    train, _ = split_indices(targets, (0.8, 0.2), 0)
+    torch.manual_seed(0)
+    hardened = SmallConvNet(width=12)
+    fit(hardened, loader(images[train], targets[train], shuffle=True), epochs=8, optimizer=torch.optim.AdamW(hardened.parameters(), lr=5e-3),
+        objective=AdversarialTraining(PGD(0.15, steps=3)), device="cpu")
+    judge, batches = PGD(0.15, steps=15), loader(x, y)
+    assert robust_accuracy(hardened.eval(), batches, judge).low > robust_accuracy(net, batches, judge).high
+    assert evaluate(hardened, batches).accuracy.value > 0.9
+
+
+@pytest.mark.parametrize("options, said", [({"attack": PGD(0.1, targeted=True)}, "attack is targeted"), ({"attack": FGSM(0.1), "clean_weight": 2}, "clean_weight is 2")])
+def test_bad_objectives_get_a_sentence(options, said):
+    with pytest.raises(ValueError, match=said):
+        AdversarialTraining(**options)
+
+
+def test_no_warning_without_masking(trained):
+    net, x, y = trained
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PGD(0.05, steps=2)(net, x[:5], y[:5])
