@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -358,8 +359,11 @@ def test_report_keeps_a_formula_that_is_no_tex():
 def test_report_shows_outputs_and_alternative_text():
     picture = new_output("display_data", {"image/png": "aGVsbG8="}, metadata={"image/png": {"alt": 'A "wave".'}})
     text = new_output("execute_result", {"text/plain": "'<i>'"})
-    page = to_html(notebook(new_code_cell("f()", outputs=[picture, text])))
-    assert 'alt="A &#34;wave&#34;."' in page and "&lt;i&gt;" in page and "<details" in page
+    scrap = new_output("display_data", {"application/scrapbook.scrap.json+json": {"name": "n", "data": 1}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = to_html(notebook(new_code_cell("f()", outputs=[picture, text, scrap])))
+    assert "alt='A \"wave\".'" in page and "&lt;i&gt;" in page and "<details" in page
 
 
 # --- the command

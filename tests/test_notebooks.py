@@ -16,12 +16,14 @@ EXPECTED = {
     "kit/record": lambda m: abs(m["pi"] - 3.14159) < 0.2,
     "kit/plots": lambda m: m["nearest_neighbour_accuracy"] > 0.95 and m["spread_largest_difference"] < 1e-3,
     "kit/core": lambda m: m["digits_accuracy"]["low"] > 0.9 and m["largest_difference_from_scipy"] < 1e-12 and m["wilson_lowest_coverage"] > 0.85,
-    "data/sources": lambda m: m,  # below
+    "data/sources": lambda m: m["leaky_accuracy"] > m["honest_accuracy"] + 0.2 and m["closest_pair_across_split"] < 0.5
+    and m["similarity_largest_difference"] < 1e-9 and m["wine_accuracy_scaled"] > m["wine_accuracy"] and m["rows"] >= 800,
     "foundations/losses": lambda m: m["largest_difference_from_torch"] < 1e-12 and m["gradient_difference"] < 1e-8
     and abs(m["first_loss"] - 2.303) < 0.1 and m["softmax_twice_loss"] > m["softmax_twice_floor"],
     "models/vision": lambda m: accuracy(m["test_accuracy"]) > 0.96 > accuracy(m["linear_accuracy"]) and m["largest_difference_from_torch"] < 1e-10,
     "training/loop": lambda m: accuracy(m["test_accuracy"]) > 0.95 and m["overfitting"] > 1.2 and m["repeats_bit_for_bit"] and m["same_as_tutorial_loop"],
-    "adapting/finetune": lambda m: m,
+    "adapting/finetune": lambda m: m["accuracy_fine_tuned"]["low"] > 0.5 and m["accuracy_tfidf"]["high"] < 0.8 and m["reloaded_difference"] < 1e-5
+    and m["masked_pooling_shift"] < 1e-4 < m["naive_pooling_shift"],
     "robust/attacks": lambda m: m["clean_accuracy"] > 0.95 and m["attained_linf"] > 0.9999 and m["attained_l2"] > 0.9999
     and m["curve"]["accuracy"][-1] < 0.02 and m["masked_reported_by_plain_attack"] > 0.85 and abs(m["masked_reported_by_ours"] - accuracy(m["robust_accuracy_at_0_1"])) < 0.06,
     "robust/training": lambda m: accuracy(m["accuracy_adversarial"]) > 0.93 and m["robust_adversarial"]["low"] > m["robust_ordinary"]["high"]

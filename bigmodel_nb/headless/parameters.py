@@ -259,7 +259,7 @@ def declaration(
     path = find_notebook(name)
     try:
         notebook = nbformat.read(path, as_version=4)
-    except (OSError, ValueError, nbformat.ValidationError, AttributeError) as error:
+    except (OSError, ValueError, nbformat.ValidationError, AttributeError, TypeError, KeyError) as error:  # what nbformat raises for other files
         raise BadRequest(f"{name!r} cannot be read as a notebook: {str(error).splitlines()[0]}") from None
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     lines = {kind: re.search(pattern, prose, re.MULTILINE) for kind, pattern in

@@ -6,6 +6,7 @@
 __all__ = ['to_html']
 
 # %% ../../nbs/10_headless/02_report.ipynb #e77eec13
+import copy
 import re
 from html import escape
 from typing import Any
@@ -117,6 +118,10 @@ def to_html(
     record: dict | None = None,  # what `metrics.json` holds: status, metrics, parameters, seconds …
 ) -> str:
     "The notebook as one HTML page that needs nothing else: pictures and mathematics inside, code folded, `record` above."
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:  # recorded results have no picture; the summary shows them
+        if "outputs" in cell:
+            cell.outputs = [each for each in cell.outputs if set(each.get("data", {"text": ""})) - {"application/scrapbook.scrap.json+json"}]
     exporter = _Exporter(raw_template=_TEMPLATE, exclude_input_prompt=True, exclude_output_prompt=True)
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     title = re.search(r"^# +(.+)$", prose, re.MULTILINE)

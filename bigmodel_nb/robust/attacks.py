@@ -69,7 +69,7 @@ def _input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: str, sign: flo
     "Slope of the loss in `x`, (batch, ...), and the logits, (batch, class)."
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        logits = _checked_logits(model(x), x)
+        logits = _checked_logits(model(x), x, y)
         (gradient,) = torch.autograd.grad(sign * _losses(logits, y, loss).sum(), x, retain_graph=loss == "ce", allow_unused=True)
         if gradient is None:
             raise ValueError(f"model {type(model).__name__} gives no slope in its input; allowed are models that are differentiable, "
@@ -82,9 +82,12 @@ def _input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: str, sign: flo
     return gradient, logits.detach()
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #86b1ae90
-def _checked_logits(logits: Tensor, x: Tensor) -> Tensor:
+def _checked_logits(logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
     if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         raise ValueError(f"model gives outputs of shape {tuple(logits.shape)} for {len(x)} examples; allowed are logits (batch, class) with two classes or more")
+    outside = y[(y < 0) | (y >= logits.shape[1])]
+    if len(outside):
+        raise ValueError(f"y holds class {outside[0].item()}; allowed are 0 to {logits.shape[1] - 1}, the model's classes")
     if not logits.requires_grad:
         raise ValueError("model gives outputs that do not depend differentiably on its input; allowed are differentiable models, others need a black-box attack")
     if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all():
@@ -178,7 +181,7 @@ class PGD(_Attack):
     """Projected gradient ascent from random points of the ball, the best point of all restarts.
 
     Called as `attack(model, x, y)`, like `FGSM`. For each example the result is the point with the largest margin met on the way,
-    over all steps and restarts. Without `step_size`, steps shrink linearly from `eps` to `eps / steps`. Source: Madry et al. 2018.
+    over all steps and restarts. Without `step_size`, steps shrink linearly from `3 * eps` to `3 * eps / steps`. Source: Madry et al. 2018.
     """
 
     steps: int = 10  # steps of each restart
@@ -198,7 +201,7 @@ class PGD(_Attack):
     def _sizes(self) -> list[float]:
         if self.step_size is not None:
             return [self.step_size] * self.steps
-        return [2 * self.eps * (self.steps - step) / self.steps for step in range(self.steps)]
+        return [3 * self.eps * (self.steps - step) / self.steps for step in range(self.steps)]
 
     def _run(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         best, merit = x.clone(), torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
