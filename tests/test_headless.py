@@ -195,6 +195,11 @@ def test_a_parameter_given_as_mapping_may_have_any_name(save):
     assert done.metrics == {"got": "b"}
 
 
+def test_parameters_named_as_those_of_the_course_go_by_keyword(save):
+    done = run(save("from bigmodel_nb.kit.record import record\nrecord('got', text)", parameters="text: str = 'a'  # a word"), text="b", out="out")
+    assert done.metrics == {"got": "b"}
+
+
 def test_peak_memory_is_that_of_the_kernel(save):
     small = run(save("x = 1"), out="small").peak_memory
     large = run(save("x = b'1' * 400_000_000\nimport time; time.sleep(0.3)"), out="large").peak_memory

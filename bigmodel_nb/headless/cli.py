@@ -92,7 +92,7 @@ def run(
     from bigmodel_nb.headless.run import run as run_notebook
 
     try:
-        done = run_notebook(name, _pairs(parameters), out=out, timeout=timeout, progress=not quiet and sys.stderr.isatty(), text=True)
+        done = run_notebook(name, _pairs(parameters), out=out, timeout=timeout, progress=not quiet and sys.stderr.isatty(), parse_text=True)
     except BadRequest as error:
         _fail(str(error), 2)
     except RunFailed as failure:

@@ -291,12 +291,12 @@ def run(
     out: str | Path | None = None,  # folder of the run; default `runs/NAME/TIME` in the current folder
     timeout: float | None = None,  # seconds that one cell may take; default: no limit
     progress: bool = False,  # show papermill's progress bar on stderr
-    text: bool = False,  # the values of parameters are text of a terminal
+    parse_text: bool = False,  # the values of parameters are text of a terminal, to be read as their types say
     **more: Any,  # further parameters, by keyword
 ) -> Run:
     "Execute a notebook headlessly. Raises `BadRequest` before anything starts, `RunFailed` when it did not end `ok`."
     declared = declaration(name)
-    values = check_parameters(declared.parameters, {**(parameters or {}), **more}, text)
+    values = check_parameters(declared.parameters, {**(parameters or {}), **more}, parse_text)
     folder = _prepare(name, out)
     saver, watch, start, error = _Saver(folder / "notebook.ipynb"), _Watch(), time.perf_counter(), None
     everything = {key: values.get(key, parameter.default) for key, parameter in declared.parameters.items()}

@@ -158,9 +158,6 @@ class _Attack:
     def _sign(self) -> float:
         return -1.0 if self.targeted else 1.0
 
-    def _succeeded(self, logits: Tensor, y: Tensor) -> Tensor:
-        return (logits.argmax(1) == y) == self.targeted
-
 # %% ../../nbs/06_robust/01_attacks.ipynb #5963e738
 @dataclass(frozen=True)
 class FGSM(_Attack):
@@ -176,6 +173,28 @@ class FGSM(_Attack):
         return (x + change).clamp(*self.bounds)
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #fe6a93d8
+def _climb(attack: "PGD", model: nn.Module, x: Tensor, y: Tensor, change: Tensor, active: Tensor, best: Tensor, merit: Tensor) -> None:
+    "One restart on the examples `active`; better points go into `best`, their merit into `merit`."
+    change = change[active]
+    for size in [*attack._sizes(), None]:  # after the last step one more look
+        if len(active) == 0:
+            return
+        here, goal = (x[active] + change).clamp(*attack.bounds), y[active]
+        if size is None:
+            with torch.no_grad():
+                logits = model(here)
+        else:
+            gradient, logits = _input_gradient(model, here, goal, attack.loss, attack._sign())
+        found = attack._sign() * _margin(logits, goal)
+        better = found > merit[active]
+        best[active[better]], merit[active[better]] = here[better], found[better]
+        if size is not None:
+            change = _project(change + size * attack._direction(gradient), x[active], attack.eps, attack.norm, attack.bounds)
+            if attack.early_stop:
+                going = merit[active] <= 0
+                active, change = active[going], change[going]
+
+# %% ../../nbs/06_robust/01_attacks.ipynb #18565073
 @dataclass(frozen=True)
 class PGD(_Attack):
     """Projected gradient ascent from random points of the ball, the best point of all restarts.
@@ -211,33 +230,8 @@ class PGD(_Attack):
             active = torch.arange(len(x), device=x.device)
             if self.early_stop:
                 active = active[merit <= 0]
-            self._climb(model, x, y, start, active, best, merit)
+            _climb(self, model, x, y, start, active, best, merit)
         return best
-
-    def _climb(self, model: nn.Module, x: Tensor, y: Tensor, change: Tensor, active: Tensor, best: Tensor, merit: Tensor) -> None:
-        "One restart on the examples `active`; better points go into `best`, their merit into `merit`."
-        change = change[active]
-        for size in [*self._sizes(), None]:  # after the last step one more look
-            if len(active) == 0:
-                return
-            here, goal = (x[active] + change).clamp(*self.bounds), y[active]
-            if size is None:
-                with torch.no_grad():
-                    logits = model(here)
-            else:
-                gradient, logits = _input_gradient(model, here, goal, self.loss, self._sign())
-            self._keep(best, merit, active, here, self._sign() * _margin(logits, goal))
-            if size is not None:
-                change = _project(change + size * self._direction(gradient), x[active], self.eps, self.norm, self.bounds)
-                if self.early_stop:
-                    going = merit[active] <= 0
-                    active, change = active[going], change[going]
-
-    def _keep(self, best: Tensor, merit: Tensor, active: Tensor, here: Tensor, found: Tensor) -> None:
-        "Where `found` is better than before, remember `here`."
-        better = found > merit[active]
-        best[active[better]] = here[better]
-        merit[active[better]] = found[better]
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #a1212d33
 def _held(model: nn.Module, data: Iterable, attacks: Sequence[_Attack]) -> Tensor:

@@ -19,15 +19,15 @@ def test_banking_with_a_given_test_file(real_data, tmp_path):
 
 def test_phrasebank_in_its_own_encoding(real_data, tmp_path):
     options = dict(data=real_data / "financial_phrasebank" / "Sentences_50Agree.txt", text="0", label="1", header=False, delimiter="@", epochs=1, max_rows=300)
-    done = run("adapting/finetune", out=tmp_path / "run", encoding="latin-1", **options)
+    done = run("adapting/finetune", options | {"encoding": "latin-1"}, out=tmp_path / "run")
     assert done.metrics["rows"]["classes"] == 3 and done.metrics["accuracy_frozen_encoder"]["low"] > 0.5
     with pytest.raises(RunFailed, match="was read as utf-8 and is not"):
-        run("adapting/finetune", out=tmp_path / "other", **options)
+        run("adapting/finetune", options, out=tmp_path / "other")
 
 
 def test_chinese_hotel_reviews_run(real_data, tmp_path):
-    done = run("adapting/finetune", out=tmp_path / "run", data=real_data / "chnsenticorp_hotel" / "ChnSentiCorp_htl_all.csv", text="review",
-               epochs=1, max_rows=150, max_length=48)
+    table = real_data / "chnsenticorp_hotel" / "ChnSentiCorp_htl_all.csv"
+    done = run("adapting/finetune", {"data": table, "text": "review", "epochs": 1, "max_rows": 150, "max_length": 48}, out=tmp_path / "run")
     assert done.metrics["rows"]["classes"] == 2 and 0 < done.metrics["accuracy_fine_tuned"]["value"] <= 1
 
 
