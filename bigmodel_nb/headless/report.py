@@ -64,8 +64,8 @@ blockquote { border-left: 3px solid #0072B2; margin: 1em 0; padding: .1em 0 .1em
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
 pre { overflow-x: auto; background: var(--tint); padding: 8px 12px; border-radius: 4px; font-size: 13px; line-height: 1.45; white-space: pre-wrap }
 code { background: var(--tint); padding: 1px 4px; border-radius: 3px; font-size: .9em } pre code { padding: 0 }
-table { border-collapse: collapse; font-size: 14px; margin: .6em 0; display: block; overflow-x: auto }
-th, td { border-bottom: 1px solid var(--line); padding: 4px 10px; text-align: left; vertical-align: top }
+table { border: 0; border-collapse: collapse; font-size: 14px; margin: .6em 0; display: block; overflow-x: auto }
+th, td { border: 0; border-bottom: 1px solid var(--line); padding: 4px 10px; text-align: left; vertical-align: top }
 details.code > summary { color: var(--soft); font-size: 12px; cursor: pointer; width: max-content }
 .output_wrapper { margin: .3em 0 .9em } .output_error pre, .bad { color: var(--bad) }
 .summary { border: 1px solid var(--line); border-radius: 8px; padding: 8px 18px; margin-bottom: 24px; background: var(--tint) }
