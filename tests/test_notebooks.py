@@ -27,7 +27,8 @@ EXPECTED = {
     "robust/attacks": lambda m: m["clean_accuracy"] > 0.95 and m["attained_linf"] > 0.9999 and m["attained_l2"] > 0.9999
     and m["curve"]["accuracy"][-1] < 0.02 and m["masked_reported_by_plain_attack"] > 0.85 and abs(m["masked_reported_by_ours"] - accuracy(m["robust_accuracy_at_0_1"])) < 0.06,
     "robust/training": lambda m: accuracy(m["accuracy_adversarial"]) > 0.93 and m["robust_adversarial"]["low"] > m["robust_ordinary"]["high"]
-    and m["saddle_difference"] < 1e-12 and m["cost_ratio"] > 1.5 and m["fgsm_trained"][0] > m["fgsm_trained"][1] + 0.2,
+    and m["saddle_difference"] < 1e-12 and m["cost_ratio"] > 1.5
+    and m["fgsm_trained"]["by_fgsm"]["high"] > m["pgd_trained"]["by_fgsm"]["low"] and m["fgsm_trained"]["by_pgd"]["high"] < m["pgd_trained"]["by_pgd"]["low"],
     "tour": lambda m: m["accuracy"]["value"] >= 0.97 and abs(m["first_loss"] - 2.303) < 0.1 and m["loss_after_one_step"] < m["first_loss"]
     and m["robust_accuracy_ordinary"] < 0.1 and m["robust_accuracy_adversarial"] > m["robust_accuracy_ordinary"] + 0.25 and m["accuracy_adversarial"] > 0.93
     and m["text_accuracy_minilm_fine_tuned"]["low"] > 0.5,

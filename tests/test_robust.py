@@ -1,8 +1,11 @@
 """Chapter 6: attacks beside closed forms, their manners as guests, and training against them."""
 import copy
 import math
+import random
 import warnings
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +15,7 @@ from torch import nn
 from bigmodel_nb.data.sources import digits, loader, split_indices
 from bigmodel_nb.kit.core import Proportion
 from bigmodel_nb.models.vision import SmallConvNet
-from bigmodel_nb.robust.attacks import FGSM, PGD, _margin, _project, _random_change, robust_accuracy, robustness_curve
+from bigmodel_nb.robust.attacks import FGSM, PGD, _losses, _margin, _project, _random_change, robust_accuracy, robustness_curve
 from bigmodel_nb.robust.training import AdversarialTraining
 from bigmodel_nb.training.loop import evaluate, fit
 
@@ -52,6 +55,23 @@ def test_pgd_reaches_the_optimum_of_a_linear_model_box_included(norm, eps, loss,
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("d", [4, 64])
+def test_the_optimum_is_reached_where_the_box_holds_most_inputs_back(norm, share, d):
+    # uneven weights and inputs at the edge of the box, up to a ball that holds the whole box
+    eps = share if norm == "linf" else share * d**0.5
+    for seed in range(4):
+        model, x = linear(d, seed=seed), (examples(24, d, seed) * 2 - 0.5).clamp(0, 1)
+        with torch.no_grad():
+            model.weight.mul_(torch.randn_like(model.weight) ** 2)
+        w, y = (model.weight[1] - model.weight[0]).detach(), torch.zeros(24, dtype=torch.long)
+        best = best_gain(w, x, eps, norm)
+        for attack, least in ((FGSM(eps, norm), 1 - 1e-6), (PGD(eps, norm), 0.9999)):
+            gain = (attack(model, x, y) - x) @ w
+            assert (gain >= least * best - 1e-12).all() and (gain <= best * (1 + 1e-9) + 1e-12).all()  # some examples are at their best already
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_fgsm_is_exact_on_a_linear_model_without_a_box(norm):
     model, x = linear(), examples()
     w = (model.weight[1] - model.weight[0]).detach()
@@ -66,6 +86,8 @@ def test_result_lies_in_ball_and_box(norm, eps, n, shape, targeted, early_stop):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 3)).double()
     x, y = torch.rand(n, *shape, dtype=torch.float64), torch.randint(0, 3, (n,))
+    if norm == "l2":
+        eps = eps * math.prod(shape) ** 0.5
     for attack in (FGSM(eps, norm, targeted=targeted), PGD(eps, norm, steps=3, restarts=2, targeted=targeted, early_stop=early_stop)):
         found = attack(model, x, y)
         assert found.shape == x.shape and found.dtype == x.dtype and not found.requires_grad
@@ -136,9 +158,60 @@ def test_scaling_logits_by_a_thousand_hides_nothing(trained):
             return 1000 * net(input)
 
     plain = robust_accuracy(net, loader(x, y), PGD(0.12))
-    with pytest.warns(UserWarning, match="the margin is used there"):
+    with pytest.warns(UserWarning, match="the margin is used there") as said:
         masked = robust_accuracy(Scaled(), loader(x, y), PGD(0.12))
-    assert 0.1 < plain.value < 0.95 and masked.value <= plain.high
+    assert len(said) == 1, "one warning a call, not one a step"
+    assert 0.1 < plain.value < 0.95 and plain.low <= masked.value <= plain.high
+
+
+def test_cross_entropy_is_the_usual_one_and_fades_later():
+    generator = torch.Generator().manual_seed(0)
+    for classes in (2, 5):
+        logits, y = 10 * torch.randn(300, classes, dtype=torch.float64, generator=generator), torch.randint(0, classes, (300,), generator=generator)
+        logits.requires_grad_()
+        ours, usual = _losses(logits, y, "ce"), nn.functional.cross_entropy(logits, y, reduction="none")
+        assert (ours - usual).abs().max() < 1e-12
+        slopes = [torch.autograd.grad(value.sum(), logits)[0] for value in (ours, usual)]
+        assert (slopes[0] - slopes[1]).abs().max() < 1e-12
+    sure = torch.tensor([[40.0, 0.0]], requires_grad=True)
+    assert torch.autograd.grad(_losses(sure, torch.tensor([0]), "ce").sum(), sure)[0].ne(0).all()
+    assert torch.autograd.grad(nn.functional.cross_entropy(sure, torch.tensor([0])), sure)[0][0, 0] == 0
+
+
+@pytest.mark.parametrize("attack", [FGSM(0.3), PGD(0.3), PGD(1.5, "l2")])
+def test_two_classes_and_saturation(attack):
+    model = linear()
+    with torch.no_grad():
+        model.weight.mul_(1e4)
+    x = examples(40)
+    y = model(x).argmax(1)
+    with pytest.warns(UserWarning, match="the margin is used there"):
+        assert (model(attack(model, x, y)).argmax(1) != y).float().mean() > 0.9
+
+
+def test_a_model_without_any_slope_is_named_in_a_warning():
+    class Steps(nn.Module):
+        def forward(self, input):
+            return (4 * input).round()[:, :2]
+
+    with pytest.warns(UserWarning, match="add a black-box attack"):
+        PGD(0.1, steps=2, loss="margin")(Steps(), torch.rand(3, 4), torch.tensor([0, 1, 0]))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_is_not_a_number_does_no_harm(norm):
+    class Root(nn.Module):
+        def forward(self, input):
+            return torch.stack([torch.sqrt(input[:, 0] - 0.5) + input[:, 1], input[:, 2]], 1)  # nan below 0.5
+
+    x, y = torch.tensor([[0.5, 0.9, 0.1], [0.9, 0.4, 0.6], [0.1, 0.4, 0.6]]), torch.tensor([0, 0, 0])
+    for attack in (FGSM(0.3, norm), PGD(0.3, norm, restarts=2)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = attack(Root(), x, y)
+        assert torch.isfinite(found).all() and found.min() >= 0 and found.max() <= 1
+    with pytest.raises(ValueError, match="model gives nan for 1 of 3 examples"):
+        robust_accuracy(Root(), [(x, y)], PGD(0.1))
 
 
 def test_more_steps_restarts_and_radius_never_help_the_model(trained):
@@ -175,6 +248,100 @@ def test_result_does_not_depend_on_the_split_into_batches_without_random_start(t
     net, x, y = trained
     whole, parts = (robust_accuracy(net, loader(x, y, size), FGSM(0.1)) for size in (120, 17))
     assert whole == parts and isinstance(whole, Proportion)
+
+
+def test_a_fixed_step_grows_with_the_radius_of_a_curve(trained):
+    net, x, y = trained
+    fixed = robustness_curve(net, loader(x, y), PGD(0.02, step_size=0.01), [0.2])["accuracy"][0]
+    assert fixed == robust_accuracy(net, loader(x, y), PGD(0.2, step_size=0.1)).value
+
+
+def test_outputs_with_logits_and_devices_are_taken(trained):
+    net, x, y = trained
+
+    class Transformers(nn.Module):
+        def forward(self, input):
+            return SimpleNamespace(logits=net(input))
+
+    same = [robust_accuracy(model, loader(x[:40], y[:40]), FGSM(0.1), device="cpu") for model in (net, Transformers())]
+    assert same[0] == same[1]
+
+
+def test_attack_works_without_gradients_and_with_any_integers():
+    model, x, y = linear(), examples(), torch.zeros(12, dtype=torch.int32)
+    usual = PGD(0.1)(model, x, y.long())
+    assert torch.equal(PGD(0.1)(model, x, y), usual)
+    with torch.no_grad():
+        assert torch.equal(PGD(0.1)(model, x, y), usual)
+    with torch.inference_mode():
+        assert torch.equal(PGD(0.1)(model, x.clone(), y.clone()), usual)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_kinds_of_floats(dtype):
+    model, x = linear().to(dtype), examples().to(dtype)
+    for norm in ("linf", "l2"):
+        found = PGD(0.125, norm)(model, x, torch.zeros(12, dtype=torch.long))
+        assert found.dtype == dtype and found.min() >= 0 and found.max() <= 1 and (found - x).abs().max() <= 0.125 + torch.finfo(dtype).eps
+        assert (_margin(model(found), torch.zeros(12, dtype=torch.long)) > _margin(model(x), torch.zeros(12, dtype=torch.long))).all()
+
+
+def test_early_stop_leaves_fooled_examples_out_of_later_batches(trained):
+    net, x, y = trained
+    sizes = []
+    handle = net.register_forward_hook(lambda module, input, output: sizes.append(len(input[0])))
+    try:
+        PGD(0.15, steps=6, early_stop=True)(net, x, y)
+    finally:
+        handle.remove()
+    assert sizes[0] == len(x) and sizes == sorted(sizes, reverse=True) and sizes[-1] < len(x) / 2
+
+
+class Moody(nn.Module):
+    """Draws numbers, counts its calls in a buffer that it also replaces, and may raise."""
+
+    def __init__(self, fails_at=math.inf):
+        super().__init__()
+        self.layer, self.fails_at = nn.Linear(3, 2), fails_at
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("other", torch.zeros(1))
+
+    def forward(self, input):
+        self.calls.add_(1)
+        self.other = self.other + 1
+        random.random(), np.random.rand(), torch.rand(1)
+        if self.calls >= self.fails_at:
+            raise RuntimeError("no")
+        return self.layer(input)
+
+
+@pytest.mark.parametrize("fails_at", [1, 3, math.inf])
+def test_buffers_random_states_and_hooks_are_left_even_if_the_model_raises(fails_at):
+    model = Moody(fails_at)
+    handle = model.register_forward_hook(lambda module, input, output: None)
+    hooks, buffer, x, y = dict(model._forward_hooks), model.other, torch.rand(2, 3), torch.tensor([0, 1])
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    try:
+        PGD(0.1, steps=4)(model, x, y)
+    except RuntimeError:
+        assert fails_at < math.inf
+    assert model.calls == 0 and model.other is buffer and model.other == 0 and model.training
+    assert dict(model._forward_hooks) == hooks and len(hooks) == 1
+    assert random.getstate() == states[0] and (np.random.get_state()[1] == states[1]).all() and torch.equal(torch.get_rng_state(), states[2])
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    handle.remove()
+
+
+def test_parameters_ask_for_slopes_all_along():
+    seen = []
+
+    class Watched(nn.Linear):
+        def forward(self, input):
+            seen.append((self.weight.requires_grad, self.training))
+            return super().forward(input)
+
+    PGD(0.1, steps=2)(Watched(3, 2).train(), torch.rand(2, 3), torch.tensor([0, 1]))
+    assert set(seen) == {(True, False)}
 
 
 @pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1, steps=2), PGD(0.1, norm="l2", steps=2)])
@@ -219,10 +386,11 @@ def test_the_same_seed_gives_the_same_attack(trained):
 
 
 @pytest.mark.parametrize("options, said", [
-    ({"eps": -0.1}, "eps is -0.1; allowed is a radius"), ({"eps": 8}, "eps is 8; allowed is a radius in input units, from 0 to 1"),
-    ({"eps": float("nan")}, "eps is nan"), ({"eps": 0.1, "norm": "l3"}, "norm is 'l3'; allowed are 'linf' and 'l2'"),
-    ({"eps": 0.1, "loss": "dlr"}, "loss is 'dlr'"), ({"eps": 0.1, "bounds": (1.0, 0.0)}, "bounds is"), ({"eps": 0.1, "steps": 0}, "steps is 0"),
-    ({"eps": 0.1, "restarts": 0}, "restarts is 0"), ({"eps": 0.1, "step_size": 0.0}, "step_size is 0.0")])
+    ({"eps": -0.1}, "eps is -0.1; allowed is a radius"), ({"eps": 8}, "eps is 8; allowed is a radius in input units, from 0 to 1, the width of bounds .*8/255"),
+    ({"eps": float("nan")}, "eps is nan"), ({"eps": "0.1"}, "eps is '0.1'"), ({"eps": True}, "eps is True"), ({"eps": 0.1, "norm": "l3"}, "norm is 'l3'; allowed are 'linf' and 'l2'"),
+    ({"eps": 0.1, "loss": "dlr"}, "loss is 'dlr'; allowed are 'ce' and 'margin'"), ({"eps": 0.1, "bounds": (1.0, 0.0)}, "bounds is"), ({"eps": 0.1, "bounds": 1.0}, "bounds is 1.0"),
+    ({"eps": 0.1, "steps": 0}, "steps is 0"), ({"eps": 0.1, "steps": 2.5}, "steps is 2.5"), ({"eps": 0.1, "restarts": 0}, "restarts is 0"),
+    ({"eps": 0.1, "step_size": 0.0}, "step_size is 0.0"), ({"eps": 0.1, "seed": -1}, "seed is -1")])
 def test_bad_settings_get_a_sentence(options, said):
     with pytest.raises(ValueError, match=said):
         PGD(**options)
@@ -230,16 +398,24 @@ def test_bad_settings_get_a_sentence(options, said):
 
 @pytest.mark.parametrize("x, y, error, said", [
     (torch.full((2, 3), 2.0), [0, 1], ValueError, "x ranges from 2 to 2; allowed are values within bounds"),
-    (torch.ones(2, 3, dtype=torch.uint8), [0, 1], TypeError, "x is torch.uint8; allowed are floating inputs"),
+    (torch.ones(2, 3, dtype=torch.uint8), [0, 1], TypeError, "x is torch.uint8; allowed is a floating tensor, such as images divided by 255"),
     (torch.full((2, 3), float("nan")), [0, 1], ValueError, "x holds nan or infinity"),
-    (torch.rand(2, 3), [0.0, 1.0], ValueError, "y is torch.float32"), (torch.rand(2, 3), [0], ValueError, r"integers of shape \(2,\)")])
+    ([[0.1, 0.2, 0.3]], [0], TypeError, "x is a list; allowed is a floating tensor"), (torch.rand(2), [0, 1], ValueError, r"x has shape \(2,\)"),
+    (torch.rand(2, 3), [True, False], ValueError, "y is torch.bool"), (torch.rand(2, 3), [0.0, 1.0], ValueError, "y is torch.float32"), (torch.rand(2, 3), [0], ValueError, r"integers of shape \(2,\)")])
 def test_bad_examples_get_a_sentence(x, y, error, said):
     with pytest.raises(error, match=said):
         PGD(0.1)(nn.Linear(3, 2), x, torch.tensor(y))
 
 
+def test_a_radius_beyond_the_box_gets_a_sentence():
+    with pytest.raises(ValueError, match="eps is 8.0; allowed is a radius in input units, from 0 to 1.73205, the distance across the box"):
+        PGD(8.0, "l2")(nn.Linear(3, 2), torch.rand(2, 3), torch.tensor([0, 1]))
+
+
 def test_bad_models_get_a_sentence():
     x, y = torch.rand(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="data gives a batch of type Tensor; allowed are pairs"):
+        robust_accuracy(nn.Linear(3, 2), [x], FGSM(0.1))
     with pytest.raises(ValueError, match="model gives probabilities"):
         FGSM(0.1)(nn.Sequential(nn.Linear(3, 2), nn.Softmax(1)), x, y)
     with pytest.raises(ValueError, match="allowed are logits"):
@@ -249,8 +425,13 @@ def test_bad_models_get_a_sentence():
         def forward(self, input):
             return (input > 0.5).float()[:, :2]
 
-    with pytest.raises(ValueError, match="black-box attack"):
-        FGSM(0.1)(Rounded(), x, y)
+    class Cut(nn.Linear):
+        def forward(self, input):
+            return super().forward(input.detach())
+
+    for model in (Rounded(), Cut(3, 2)):
+        with pytest.raises(ValueError, match=f"model is a {type(model).__name__} .* black-box attack"):
+            FGSM(0.1)(model, x, y)
     with pytest.raises(ValueError, match="attack is targeted"):
         robust_accuracy(nn.Linear(3, 2), [(x, y)], FGSM(0.1, targeted=True))
     with pytest.raises(ValueError, match="data gives no batch"):
@@ -333,9 +514,10 @@ def test_adversarial_training_holds_where_ordinary_training_does_not(trained):
     assert evaluate(hardened, batches).accuracy.value > 0.9
 
 
-@pytest.mark.parametrize("options, said", [({"attack": PGD(0.1, targeted=True)}, "attack is targeted"), ({"attack": FGSM(0.1), "clean_weight": 2}, "clean_weight is 2")])
+@pytest.mark.parametrize("options, said", [({"attack": PGD(0.1, targeted=True)}, "attack is targeted"), ({"attack": FGSM(0.1), "clean_weight": 2}, "clean_weight is 2"),
+                                           ({"attack": 0.1}, "attack is a float; allowed are attacks")])
 def test_bad_objectives_get_a_sentence(options, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, TypeError), match=said):
         AdversarialTraining(**options)
 
 

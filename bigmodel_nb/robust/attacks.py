@@ -7,19 +7,23 @@ __all__ = ['FGSM', 'PGD', 'robust_accuracy', 'robustness_curve']
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #fc312ea7
 import math
+import random
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from ..kit.core import Proportion
+from ..training.loop import forward
 
-# %% ../../nbs/06_robust/01_attacks.ipynb #6b0f4106
+# %% ../../nbs/06_robust/01_attacks.ipynb #6d7e5a99
 def _per_example(values: Tensor, like: Tensor) -> Tensor:
     "(batch,) values shaped to multiply `like`."
     return values.view(-1, *[1] * (like.dim() - 1))
@@ -35,13 +39,27 @@ def _project(change: Tensor, x: Tensor, eps: float, norm: str, bounds: tuple[flo
     low, high = bounds[0] - x, bounds[1] - x
     if norm == "linf":
         return change.clamp(-eps, eps).clamp(low, high)
-    inside, outside = torch.zeros_like(_length(change)), torch.ones_like(_length(change))
     fits = _length(change.clamp(low, high)) <= eps
+    inside, outside = fits.to(x.dtype), torch.ones_like(x[:, :1].flatten(1)[:, 0])
     for _ in range(40):
         middle = (inside + outside) / 2
         short = _length((change * _per_example(middle, x)).clamp(low, high)) <= eps
         inside, outside = torch.where(short, middle, inside), torch.where(short, outside, middle)
-    return (change * _per_example(torch.where(fits, 1.0, inside), x)).clamp(low, high)
+    return (change * _per_example(inside, x)).clamp(low, high)
+
+# %% ../../nbs/06_robust/01_attacks.ipynb #b00e7c90
+def _reach(unit: Tensor, x: Tensor, eps: float, bounds: tuple[float, float]) -> Tensor:
+    "(batch,) the multiple of `unit`, of length 1, that clipped to the box is `eps` long, or moves every input across the box."
+    low, high = bounds[0] - x, bounds[1] - x
+    across = (bounds[1] - bounds[0]) / unit.abs().clamp_min(1e-9)  # what takes each input from one bound to the other
+    needed = torch.where(unit.abs() > 1e-9, across, 0.0).flatten(1).amax(1)
+    inside = torch.full_like(needed, eps)  # clipping only shortens
+    outside = needed.clamp(eps, 1e9 * eps)
+    for _ in range(40):  # halving the interval of the logarithm
+        middle = inside * (outside / inside).sqrt()
+        short = _length((unit * _per_example(middle, x)).clamp(low, high)) <= eps
+        inside, outside = torch.where(short, middle, inside), torch.where(short, outside, middle)
+    return inside
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #ff30af04
 def _random_change(x: Tensor, eps: float, norm: str, generator: torch.Generator) -> Tensor:
@@ -55,228 +73,305 @@ def _random_change(x: Tensor, eps: float, norm: str, generator: torch.Generator)
 # %% ../../nbs/06_robust/01_attacks.ipynb #99c4b802
 def _margin(logits: Tensor, y: Tensor) -> Tensor:
     "(batch,) largest logit of another class minus that of `y`: positive where `y` is not predicted."
-    own = logits.gather(1, y[:, None])
-    others = logits.scatter(1, y[:, None], -math.inf)
-    return others.amax(1) - own[:, 0]
+    return logits.scatter(1, y[:, None], -math.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
 
 
 def _losses(logits: Tensor, y: Tensor, loss: str) -> Tensor:
-    "(batch,) what an untargeted attack raises."
-    return _margin(logits, y) if loss == "margin" else nn.functional.cross_entropy(logits, y, reduction="none")
+    "(batch,) what an untargeted attack raises: the margin, or cross-entropy in a form whose slope fades late."
+    if loss == "margin":
+        return _margin(logits, y)
+    others = logits.scatter(1, y[:, None], -math.inf).logsumexp(1)
+    return nn.functional.softplus(others - logits.gather(1, y[:, None])[:, 0], threshold=50)
 
-# %% ../../nbs/06_robust/01_attacks.ipynb #f56c673d
-def _input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: str, sign: float) -> tuple[Tensor, Tensor]:
-    "Slope of the loss in `x`, (batch, ...), and the logits, (batch, class)."
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = _checked_logits(model(x), x, y)
-        (gradient,) = torch.autograd.grad(sign * _losses(logits, y, loss).sum(), x, retain_graph=loss == "ce", allow_unused=True)
+# %% ../../nbs/06_robust/01_attacks.ipynb #9d3b8af6
+class _Slope:
+    "Slopes of what an attack raises, in the input; remembers where cross-entropy (`faded`) or the model itself (`blind`) had none."
+
+    def __init__(self, model: nn.Module, loss: str, targeted: bool):
+        self.model, self.loss, self.sign = model, loss, -1.0 if targeted else 1.0
+        self.checked = self.faded = self.blind = False
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # (batch, ...) and logits (batch, class)
+        x = x.detach().requires_grad_()
+        logits = self.logits(x, y)
+        gradient = self._of(logits, x, y, self.loss)
+        flat = gradient.flatten(1).abs().amax(1) < torch.finfo(x.dtype).tiny
+        if self.loss == "ce" and flat.any():
+            self.faded |= self.sign > 0  # a targeted attack that is sure has arrived
+            gradient = torch.where(_per_example(flat, x), self._of(logits, x, y, "margin"), gradient)
+            flat = gradient.flatten(1).abs().amax(1) == 0
+        self.blind |= bool(flat.any())
+        return gradient, logits.detach()
+
+    def logits(self, x: Tensor, y: Tensor) -> Tensor:
+        logits = forward(self.model, x)
+        if not self.checked:
+            _check_logits(logits, x, y)
+            self.checked = True
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def _of(self, logits: Tensor, x: Tensor, y: Tensor, loss: str) -> Tensor:
+        gradient = None
+        if logits.requires_grad:
+            (gradient,) = torch.autograd.grad(self.sign * _losses(logits, y, loss).sum(), x, retain_graph=loss == "ce", allow_unused=True)
         if gradient is None:
-            raise ValueError(f"model {type(model).__name__} gives no slope in its input; allowed are models that are differentiable, "
-                             "others need a black-box attack")
-        flat = gradient.flatten(1).abs().amax(1) == 0
-        if loss == "ce" and flat.any():
-            warnings.warn("the slope of cross-entropy is zero for some examples: the margin is used there", stacklevel=4)
-            (margin,) = torch.autograd.grad(sign * _margin(logits, y).sum(), x)
-            gradient = torch.where(_per_example(flat, x), margin, gradient)
-    return gradient, logits.detach()
+            raise ValueError(f"model is a {type(self.model).__name__} whose logits do not depend differentiably on its input; "
+                             "allowed are models with a slope, others need a black-box attack")
+        return gradient.nan_to_num(0.0)
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #86b1ae90
-def _checked_logits(logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-        raise ValueError(f"model gives outputs of shape {tuple(logits.shape)} for {len(x)} examples; allowed are logits (batch, class) with two classes or more")
+def _check_logits(logits: Tensor, x: Tensor, y: Tensor) -> None:
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        given = f"outputs of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(f"model gives {given} for {len(x)} examples; allowed are logits (batch, class) with two classes or more")
     outside = y[(y < 0) | (y >= logits.shape[1])]
     if len(outside):
         raise ValueError(f"y holds class {outside[0].item()}; allowed are 0 to {logits.shape[1] - 1}, the model's classes")
-    if not logits.requires_grad:
-        raise ValueError("model gives outputs that do not depend differentiably on its input; allowed are differentiable models, others need a black-box attack")
-    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all():
+    rounding = 8 * torch.finfo(logits.dtype).eps
+    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < rounding).all():
         raise ValueError("model gives probabilities (rows that are not negative and sum to 1); allowed are logits: leave out the last softmax")
-    return logits
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #f83fffa4
-def _check_examples(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}; allowed are floating inputs, such as images divided by 255")
-    if y.is_floating_point() or y.dim() != 1 or len(y) != len(x):
-        raise ValueError(f"y is {y.dtype} of shape {tuple(y.shape)}; allowed are integers of shape ({len(x)},), one class for each example")
-    if x.numel() and not torch.isfinite(x).all():
+def _check_examples(x: Tensor, y: Tensor, attack: "FGSM | PGD") -> None:
+    low, high = attack.bounds
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype if isinstance(x, Tensor) else f'a {type(x).__name__}'}; allowed is a floating tensor, such as images divided by 255")
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (batch, ...), with at least one dimension after the batch")
+    if not isinstance(y, Tensor) or y.dtype == torch.bool or y.is_floating_point() or y.dim() != 1 or len(y) != len(x):
+        given = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise ValueError(f"y is {given}; allowed are integers of shape ({len(x)},), one class for each example")
+    if not torch.isfinite(x).all():
         raise ValueError("x holds nan or infinity; allowed are finite numbers")
-    if x.numel() and (x.min() < bounds[0] or x.max() > bounds[1]):
-        raise ValueError(f"x ranges from {x.min():g} to {x.max():g}; allowed are values within bounds, {bounds[0]:g} to {bounds[1]:g}")
+    if x.numel() and (x.min() < low or x.max() > high):
+        raise ValueError(f"x ranges from {x.min():g} to {x.max():g}; allowed are values within bounds, {low:g} to {high:g}")
+    across = (high - low) * math.sqrt(x[:1].numel()) if len(x) else math.inf
+    if attack.norm == "l2" and attack.eps > across:
+        raise ValueError(f"eps is {attack.eps}; allowed is a radius in input units, from 0 to {across:g}, the distance across the box of these inputs")
+
+# %% ../../nbs/06_robust/01_attacks.ipynb #f5ed6910
+def _check_settings(attack: "FGSM | PGD") -> None:
+    for name, allowed in {"norm": ("linf", "l2"), "loss": ("ce", "margin")}.items():
+        if getattr(attack, name) not in allowed:
+            raise ValueError(f"{name} is {getattr(attack, name)!r}; allowed are {' and '.join(map(repr, allowed))}")
+    bounds, eps = attack.bounds, attack.eps
+    if not (isinstance(bounds, Sequence) and len(bounds) == 2 and all(isinstance(end, Real) for end in bounds) and bounds[0] < bounds[1]):
+        raise ValueError(f"bounds is {bounds!r}; allowed are a low and a higher number")
+    width = bounds[1] - bounds[0]
+    if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= eps < math.inf or (attack.norm == "linf" and eps > width):
+        most = f"to {width:g}, the width of bounds (of pixels from 0 to 255, 8 is 8/255 here)" if attack.norm == "linf" else "up"
+        raise ValueError(f"eps is {eps!r}; allowed is a radius in input units, from 0 {most}")
+    for name, least in {"steps": 1, "restarts": 1, "seed": 0}.items():
+        value = getattr(attack, name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}; allowed is an integer of at least {least}")
+    size = getattr(attack, "step_size", None)
+    if size is not None and not (isinstance(size, Real) and 0 < size < math.inf):
+        raise ValueError(f"step_size is {size!r}; allowed is a positive number, in input units, or None")
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #3d8f267a
 @contextmanager
-def _guest(model: nn.Module) -> Iterator[None]:
-    "Evaluation mode and no slopes in parameters while the body runs; then everything as it was."
-    modes = {module: module.training for module in model.modules()}
-    asking = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for p in asking:
-        p.requires_grad_(False)
+def _random_states(model: nn.Module) -> Iterator[None]:
+    "The global random states, that of the model's device among them, are afterwards as before."
+    kinds = {parameter.device.type for parameter in model.parameters()} - {"cpu", "meta"}
+    sources = [torch, *(torch.get_device_module(kind) for kind in sorted(kinds))]
+    states = [(source, source.get_rng_state()) for source in sources]
+    python, array = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
-            yield
+        yield
     finally:
-        for p in asking:
-            p.requires_grad_(True)
-        for module, training in modes.items():
-            module.training = training
+        random.setstate(python)
+        np.random.set_state(array)
+        for source, state in states:
+            source.set_rng_state(state)
+
+# %% ../../nbs/06_robust/01_attacks.ipynb #e220b3a6
+@contextmanager
+def _guest(model: nn.Module) -> Iterator[None]:
+    "Evaluation mode while the body runs; then modes, buffers and random states are as before."
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, name, buffer, buffer.clone()) for module in model.modules() for name, buffer in module._buffers.items() if buffer is not None]
+    with _random_states(model):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, before):
+                    with torch.no_grad():
+                        buffer.copy_(before)
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #b078becc
-@dataclass(frozen=True)
 class _Attack:
-    eps: float  # radius of the ball, in input units
-    norm: Literal["linf", "l2"] = "linf"  # the ball: largest change of one input, or length of the change
-    loss: Literal["ce", "margin"] = "ce"  # what is raised: cross-entropy, or the margin of the wrong classes
-    bounds: tuple[float, float] = (0.0, 1.0)  # the box: smallest and largest value of an input
-    targeted: bool = False  # lower the loss of the given class, instead of raising that of the true one
+    "What the attacks share."
 
     def __post_init__(self):
-        low, high = self.bounds
-        if not low < high:
-            raise ValueError(f"bounds is {self.bounds}; allowed are a low and a higher number")
-        if not (math.isfinite(self.eps) and self.eps >= 0) or (self.norm == "linf" and self.eps > high - low):
-            raise ValueError(f"eps is {self.eps}; allowed is a radius in input units, from 0 to {high - low:g}, the width of bounds")
-        for name, allowed in {"norm": ("linf", "l2"), "loss": ("ce", "margin")}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {' and '.join(map(repr, allowed))}")
+        _check_settings(self)
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        _check_examples(x, y, self.bounds)
+    def __call__(
+        self,
+        model: nn.Module,  # gives logits (batch, class), or an output with `logits`; left as it was, whatever happens
+        x: Tensor,  # floating inputs (batch, ...) within `bounds`
+        y: Tensor,  # classes (batch,): the true ones, or the wanted ones where `targeted`
+    ) -> Tensor:  # inputs of the same shape, within `eps` of `x` and within `bounds`
+        "Attack `model`, in evaluation mode, at `x`. Warns where slopes are zero; raises `ValueError` or `TypeError` for what cannot be attacked."
+        _check_examples(x, y, self)
         if len(x) == 0 or self.eps == 0:
-            return x.clone()
-        with _guest(model):
-            return self._run(model, x.detach(), y)
+            return x.detach().clone()
+        slope = _Slope(model, self.loss, self.targeted)
+        with torch.inference_mode(False), torch.enable_grad(), _guest(model):
+            found = self._run(slope, x.detach().clone(), y.to(x.device, torch.long, copy=True))
+        if slope.faded:
+            warnings.warn("the slope of cross-entropy is zero for some examples: the margin is used there", stacklevel=2)
+        if slope.blind:
+            warnings.warn("the model has no slope at all at some inputs, and an attack by slopes is blind there: add a black-box attack", stacklevel=2)
+        return found
 
-    def _direction(self, gradient: Tensor) -> Tensor:
+    def _step(self, gradient: Tensor, x: Tensor, multiple: float, length: float | None = None) -> Tensor:
+        "A step along the slope: of `length` where given, else `multiple` times as long as its reach from `x`."
+        unit = self._unit(gradient)
+        if length is not None:
+            return length * unit
+        return multiple * (self.eps * unit if self.norm == "linf" else _per_example(_reach(unit, x, self.eps, self.bounds), unit) * unit)
+
+    def _unit(self, gradient: Tensor) -> Tensor:
         "The step of length 1 that raises a linear loss most."
         if self.norm == "linf":
             return gradient.sign()
-        return gradient / _per_example(_length(gradient).clamp_min(1e-30), gradient)
-
-    def _sign(self) -> float:
-        return -1.0 if self.targeted else 1.0
+        largest = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        gradient = gradient / _per_example(largest, gradient)
+        return gradient / _per_example(_length(gradient).clamp_min(0.5), gradient)  # the length is 1 at least, or 0
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #5963e738
 @dataclass(frozen=True)
 class FGSM(_Attack):
-    """One step of the full radius along the slope's sign (`linf`) or direction (`l2`).
+    """One step to the point of ball and box that is worst for the slope at the start: along its sign (`linf`) or direction (`l2`).
 
-    `attack(model, x, y)` takes inputs `x` (batch, ...) within `bounds` and classes `y` (batch,), the true ones, or the wanted
-    ones where `targeted`; it gives inputs of the same shape. Source: Goodfellow, Shlens and Szegedy 2015.
+    `attack(model, x, y)` gives inputs of the shape of `x`. Source: Goodfellow, Shlens and Szegedy 2015, section 4.
     """
 
-    def _run(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        gradient, _ = _input_gradient(model, x, y, self.loss, self._sign())
-        change = _project(self.eps * self._direction(gradient), x, self.eps, self.norm, self.bounds)
+    eps: float  # radius of the ball, in input units
+    norm: Literal["linf", "l2"] = "linf"  # the ball: largest change of one input, or length of the change
+    loss: Literal["ce", "margin"] = "ce"  # what is raised: cross-entropy, or the largest wrong logit minus the true one
+    bounds: tuple[float, float] = (0.0, 1.0)  # the box: smallest and largest value of an input
+    targeted: bool = False  # lower the loss of the class that is given, instead of raising that of the true one
+
+    def _run(self, slope: _Slope, x: Tensor, y: Tensor) -> Tensor:
+        gradient, _ = slope(x, y)
+        change = _project(self._step(gradient, x, 1.0), x, self.eps, self.norm, self.bounds)
         return (x + change).clamp(*self.bounds)
 
-# %% ../../nbs/06_robust/01_attacks.ipynb #fe6a93d8
-def _climb(attack: "PGD", model: nn.Module, x: Tensor, y: Tensor, change: Tensor, active: Tensor, best: Tensor, merit: Tensor) -> None:
-    "One restart on the examples `active`; better points go into `best`, their merit into `merit`."
-    change = change[active]
-    for size in [*attack._sizes(), None]:  # after the last step one more look
+# %% ../../nbs/06_robust/01_attacks.ipynb #7c965620
+def _climb(attack: "PGD", slope: _Slope, x: Tensor, y: Tensor, change: Tensor, active: Tensor, best: Tensor, merit: Tensor) -> None:
+    "One restart on the examples `active`, from `change`; better points go into `best`, their margins into `merit`."
+    for size in [*(2 * (attack.steps - step) / attack.steps for step in range(attack.steps)), None]:  # after the last step one more look
         if len(active) == 0:
             return
         here, goal = (x[active] + change).clamp(*attack.bounds), y[active]
         if size is None:
             with torch.no_grad():
-                logits = model(here)
+                logits = slope.logits(here, goal)
         else:
-            gradient, logits = _input_gradient(model, here, goal, attack.loss, attack._sign())
-        found = attack._sign() * _margin(logits, goal)
-        better = found > merit[active]
+            gradient, logits = slope(here, goal)
+        found = (slope.sign * _margin(logits, goal)).to(merit.dtype)
+        better = found > merit[active]  # never true of nan
         best[active[better]], merit[active[better]] = here[better], found[better]
         if size is not None:
-            change = _project(change + size * attack._direction(gradient), x[active], attack.eps, attack.norm, attack.bounds)
+            change = _project(change + attack._step(gradient, x[active], size, attack.step_size), x[active], attack.eps, attack.norm, attack.bounds)
             if attack.early_stop:
-                going = merit[active] <= 0
+                going = ~(merit[active] > 0)
                 active, change = active[going], change[going]
 
-# %% ../../nbs/06_robust/01_attacks.ipynb #18565073
+# %% ../../nbs/06_robust/01_attacks.ipynb #59534c89
 @dataclass(frozen=True)
 class PGD(_Attack):
-    """Projected gradient ascent from random points of the ball, the best point of all restarts.
+    """Projected gradient ascent from random points of the ball; for each example the point with the largest margin that was met.
 
-    Called as `attack(model, x, y)`, like `FGSM`. For each example the result is the point with the largest margin met on the way,
-    over all steps and restarts. Without `step_size`, steps shrink linearly from `3 * eps` to `3 * eps / steps`. Source: Madry et al. 2018.
+    `attack(model, x, y)` gives inputs of the shape of `x`. The same seed gives the same starts. Source: Madry et al. 2018.
     """
 
-    steps: int = 10  # steps of each restart
-    step_size: float | None = None  # a fixed length of every step, in input units; default: shrinking
+    eps: float  # radius of the ball, in input units
+    norm: Literal["linf", "l2"] = "linf"  # the ball: largest change of one input, or length of the change
+    steps: int = 10  # steps of each restart; each costs a forward and a backward pass
+    step_size: float | None = None  # a fixed length of every step, in input units; default: shrinking, from twice the radius down
     restarts: int = 1  # random starts
+    loss: Literal["ce", "margin"] = "ce"  # what is raised: cross-entropy, or the largest wrong logit minus the true one
+    bounds: tuple[float, float] = (0.0, 1.0)  # the box: smallest and largest value of an input
+    targeted: bool = False  # lower the loss of the class that is given, instead of raising that of the true one
     early_stop: bool = False  # leave an example alone once it is fooled
     seed: int = 0  # seed of the random starts
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed is an integer of at least 1")
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size is {self.step_size}; allowed is a positive number, in input units")
-
-    def _sizes(self) -> list[float]:
-        if self.step_size is not None:
-            return [self.step_size] * self.steps
-        return [3 * self.eps * (self.steps - step) / self.steps for step in range(self.steps)]
-
-    def _run(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        best, merit = x.clone(), torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
+    def _run(self, slope: _Slope, x: Tensor, y: Tensor) -> Tensor:
+        best = x.clone()
+        merit = torch.full((len(x),), -math.inf, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.restarts):
-            start = _project(_random_change(x, self.eps, self.norm, generator), x, self.eps, self.norm, self.bounds)
-            active = torch.arange(len(x), device=x.device)
-            if self.early_stop:
-                active = active[merit <= 0]
-            _climb(self, model, x, y, start, active, best, merit)
+            change = _project(_random_change(x, self.eps, self.norm, generator), x, self.eps, self.norm, self.bounds)
+            active = (~(merit > 0)).nonzero()[:, 0] if self.early_stop else torch.arange(len(x), device=x.device)
+            _climb(self, slope, x, y, change[active], active, best, merit)
         return best
 
-# %% ../../nbs/06_robust/01_attacks.ipynb #a1212d33
-def _held(model: nn.Module, data: Iterable, attacks: Sequence[_Attack]) -> Tensor:
-    "(attack, example): classified rightly before the attack and after it. A fooled example is not attacked by later attacks."
-    held, device = [], next((p.device for p in model.parameters()), torch.device("cpu"))
-    for x, y in data:
-        x, y = x.to(device), y.to(device)
-        with _guest(model), torch.no_grad():
-            standing = model(x).argmax(1) == y
-        rows = []
+# %% ../../nbs/06_robust/01_attacks.ipynb #bb7c69e4
+def _standing(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    "(batch,) whether the model, in evaluation mode, classifies each example rightly."
+    with _guest(model), torch.no_grad():
+        logits = forward(model, x)
+    if logits.isnan().any():
+        raise ValueError(f"model gives nan for {logits.isnan().any(1).sum()} of {len(x)} examples; allowed are numbers")
+    return logits.argmax(1) == y
+
+
+def _held(model: nn.Module, data: Iterable, attacks: Sequence[_Attack], device: torch.device | str | None) -> Tensor:
+    "(attack, example): classified rightly before the attack, after it, and after all earlier ones."
+    if device is None:
+        device = next((tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors), torch.device("cpu"))
+    held = []
+    for batch in data:
+        if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+            raise ValueError(f"data gives a batch of type {type(batch).__name__}; allowed are pairs (input, target)")
+        x, y = batch[0].to(device), batch[1].to(device)
+        standing, rows = _standing(model, x, y), []
         for attack in attacks:
-            index = standing.nonzero().flatten()
+            index = standing.nonzero()[:, 0]
             if len(index):
-                adversarial = attack(model, x[index], y[index])
-                with _guest(model), torch.no_grad():
-                    standing = standing.index_put((index,), model(adversarial).argmax(1) == y[index])
+                standing = standing.index_put((index,), _standing(model, attack(model, x[index], y[index]), y[index]))
             rows.append(standing.cpu())
         held.append(torch.stack(rows))
     if not held:
         raise ValueError("data gives no batch; allowed is a loader with at least one example")
     return torch.cat(held, 1)
 
-# %% ../../nbs/06_robust/01_attacks.ipynb #bb7c69e4
+# %% ../../nbs/06_robust/01_attacks.ipynb #40a1d68e
 def robust_accuracy(
     model: nn.Module,  # gives logits (batch, class); judged in evaluation mode and left as it was
-    data: Iterable,  # batches of `(input, target)`
-    attack: _Attack,  # such as `PGD(eps=0.1)`; untargeted
+    data: Iterable,  # batches (input, target), such as a DataLoader
+    attack: FGSM | PGD,  # an untargeted attack, such as `PGD(eps=0.1, early_stop=True)`
+    device: torch.device | str | None = None,  # where the model is; default: where its first parameter is
 ) -> Proportion:
     "The share of examples that are classified rightly and stay so under `attack`, with its Wilson interval."
     if attack.targeted:
         raise ValueError("attack is targeted; allowed are untargeted ones, which ask for any wrong class")
-    held = _held(model, data, [attack])[0]
+    held = _held(model, data, [attack], device)[0]
     return Proportion.of(held.sum(), len(held))
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #cd7aa49f
 def robustness_curve(
-    model: nn.Module,  # gives logits (batch, class)
-    data: Iterable,  # batches of `(input, target)`
-    attack: _Attack,  # an untargeted attack; its `eps` is replaced by each radius
+    model: nn.Module,  # gives logits (batch, class); judged in evaluation mode and left as it was
+    data: Iterable,  # batches (input, target), such as a DataLoader
+    attack: FGSM | PGD,  # an untargeted attack; its `eps`, and in proportion a fixed `step_size`, are set to each radius
     eps: Sequence[float],  # radii, in input units
+    device: torch.device | str | None = None,  # where the model is; default: where its first parameter is
 ) -> pd.DataFrame:  # columns eps, accuracy, low, high, n; a row a radius, ascending
     "Robust accuracy against radius, with Wilson intervals; never rising."
-    if len(eps) == 0 or attack.targeted:
-        raise ValueError(f"eps has {len(eps)} radii and attack is {'' if attack.targeted else 'un'}targeted; allowed are at least one radius and an untargeted attack")
-    radii = sorted(eps)
-    held = _held(model, data, [replace(attack, eps=radius) for radius in radii])
+    radii = sorted(float(radius) for radius in eps)
+    if not radii or attack.targeted:
+        raise ValueError(f"eps has {len(radii)} radii and attack is {'' if attack.targeted else 'un'}targeted; allowed are at least one radius and an untargeted attack")
+    attacks = [replace(attack, eps=radius) for radius in radii]
+    if getattr(attack, "step_size", None) is not None and attack.eps > 0:
+        attacks = [replace(each, step_size=attack.step_size * each.eps / attack.eps) if each.eps > 0 else each for each in attacks]
+    held = _held(model, data, attacks, device)
     shares = [Proportion.of(row.sum(), held.shape[1]) for row in held]
     return pd.DataFrame([{"eps": radius, "accuracy": share.value, "low": share.low, "high": share.high, "n": share.n} for radius, share in zip(radii, shares)])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..foundations.losses import cross_entropy
 from .attacks import FGSM, PGD
+from ..training.loop import forward
 
 # %% ../../nbs/06_robust/02_training.ipynb #ecaf0f49
 class AdversarialTraining:
@@ -29,6 +30,8 @@ class AdversarialTraining:
         loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,  # `loss(logits, target)` gives a scalar
         clean_weight: float = 0.0,  # share of the loss that the inputs as they are contribute, in [0, 1]
     ):
+        if not isinstance(attack, (PGD, FGSM)):
+            raise TypeError(f"attack is a {type(attack).__name__}; allowed are attacks, such as PGD(eps=0.1)")
         if attack.targeted:
             raise ValueError("attack is targeted; allowed are untargeted ones, which raise the loss of the true class")
         if not 0 <= clean_weight <= 1:
@@ -46,7 +49,7 @@ class AdversarialTraining:
         if isinstance(attack, PGD):
             attack = replace(attack, seed=attack.seed + self._calls)
         self._calls += 1
-        loss = self.loss(model(attack(model, input, target)), target)
+        loss = self.loss(forward(model, attack(model, input, target)), target)
         if self.clean_weight == 0:
             return loss
-        return (1 - self.clean_weight) * loss + self.clean_weight * self.loss(model(input), target)
+        return (1 - self.clean_weight) * loss + self.clean_weight * self.loss(forward(model, input), target)

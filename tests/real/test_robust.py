@@ -1,0 +1,78 @@
+"""Attacks and adversarial training on handwritten digits of 28 x 28 pixels (MNIST)."""
+import functools
+import gzip
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bigmodel_nb.data.sources import loader
+from bigmodel_nb.robust.attacks import FGSM, PGD, robust_accuracy, robustness_curve
+from bigmodel_nb.robust.training import AdversarialTraining
+from bigmodel_nb.training.loop import evaluate, fit
+
+
+def mnist(folder, part, count):
+    with gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as file:
+        images = np.frombuffer(file.read(16 + 784 * count), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    with gzip.open(folder / f"{part}-labels-idx1-ubyte.gz") as file:
+        targets = np.frombuffer(file.read(8 + count), np.uint8, offset=8)
+    return torch.from_numpy(images / np.float32(255)), torch.from_numpy(targets.astype(np.int64))
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+
+
+def trained(images, targets, epochs, objective=None):
+    net = small_net()
+    fit(net, loader(images, targets, 64, shuffle=True), epochs=epochs, optimizer=torch.optim.AdamW(net.parameters(), lr=3e-3), objective=objective, device="cpu")
+    return net.eval()
+
+
+@functools.cache
+def ordinary(folder):
+    """A net trained on 3,000 digits, and 200 test digits."""
+    return trained(*mnist(folder, "train", 3000), epochs=10), mnist(folder, "t10k", 200)
+
+
+def test_a_good_net_falls_and_noise_does_not_fell_it(real_data):
+    net, (x, y) = ordinary(real_data / "mnist")
+    batches = loader(x, y, 100)
+    curve = robustness_curve(net, batches, PGD(0.1, steps=10, early_stop=True), [0.0, 0.05, 0.1, 0.2])
+    assert curve["accuracy"][0] == evaluate(net, batches).accuracy.value > 0.9
+    assert curve["accuracy"].is_monotonic_decreasing and curve["accuracy"][3] < 0.1
+    noise = 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).sign()
+    assert (net((x + noise).clamp(0, 1)).argmax(1) == y).float().mean() > 0.8
+
+
+def test_several_steps_do_more_than_one_in_both_balls(real_data):
+    net, (x, y) = ordinary(real_data / "mnist")
+    for norm, eps in (("linf", 0.1), ("l2", 1.5)):
+        one, ten = (robust_accuracy(net, loader(x, y), attack).value for attack in (FGSM(eps, norm), PGD(eps, norm, early_stop=True)))
+        assert ten < one
+        change = (PGD(eps, norm, steps=3)(net, x, y) - x).flatten(1)
+        assert (change.abs().amax(1) if norm == "linf" else change.norm(dim=1)).max() <= eps * (1 + 1e-5)
+
+
+def test_large_logits_hide_nothing(real_data):
+    net, (x, y) = ordinary(real_data / "mnist")
+
+    class Scaled(nn.Module):
+        def forward(self, input):
+            return 1000 * net(input)
+
+    plain = robust_accuracy(net, loader(x, y, 200), PGD(0.06))
+    with pytest.warns(UserWarning, match="the margin is used there"):
+        masked = robust_accuracy(Scaled(), loader(x, y, 200), PGD(0.06))
+    assert plain.low <= masked.value <= plain.high
+
+
+def test_adversarial_training_holds(real_data):
+    net, (x, y) = ordinary(real_data / "mnist")
+    hardened = trained(*mnist(real_data / "mnist", "train", 3000), epochs=10, objective=AdversarialTraining(PGD(0.1, steps=3)))
+    judge, batches = PGD(0.1, steps=10, loss="margin", early_stop=True), loader(x, y, 200)
+    assert robust_accuracy(hardened, batches, judge).low > robust_accuracy(net, batches, judge).high
+    assert evaluate(hardened, batches).accuracy.value > 0.9
