@@ -448,7 +448,7 @@ def finetune(
     "Train all layers with AdamW, warm-up and linear decay, gradients cut at length 1, in the type that is fast on the device."
     device, steps = torch.device(device) if device is not None else best_device(), epochs * len(train_loader)
     classifier.to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(classifier, learning_rate, layer_decay, weight_decay=weight_decay))
+    optimizer = torch.optim.AdamW(parameter_groups(classifier, learning_rate, layer_decay, weight_decay=weight_decay), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_linear(step, steps, warmup))
     objective, dtype = objective or supervised(cross_entropy), best_dtype(device)
 
