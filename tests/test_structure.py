@@ -191,3 +191,27 @@ def test_wheel_holds_notebooks_and_data(tmp_path):
         assert f"bigmodel_nb/nbs/{path.relative_to(ROOT / 'nbs').as_posix()}" in names
     assert "bigmodel_nb/data/files/reviews.csv" in names and "bigmodel_nb/data/files/reviews.md" in names
     assert not [name for name in names if name.startswith(("tests/", "tools/")) or name.endswith(".py") and "/nbs/" in name]
+
+
+def test_locked_versions_install_on_the_oldest_python():
+    """Each version of the lock file that is installed here takes the first patch release of the oldest Python promised."""
+    from importlib.metadata import distribution
+
+    from packaging.specifiers import SpecifierSet
+
+    oldest = re.search(r"^min_python *= *(\S+)", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.MULTILINE).group(1) + ".0"
+    lock = (ROOT / "requirements" / "lock.txt").read_text(encoding="utf-8")
+    checked, refused = 0, []
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)", lock, re.MULTILINE):
+        try:
+            found = distribution(name)
+        except ModuleNotFoundError:
+            continue
+        if found.version != version:
+            continue
+        checked += 1
+        if not SpecifierSet(found.metadata["Requires-Python"] or "").contains(oldest):
+            refused.append(f"{name} {version} needs Python {found.metadata['Requires-Python']}")
+    assert not refused
+    if not checked:
+        pytest.skip("none of the locked versions is installed here")
