@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import nbformat
 import pytest
+from packaging.specifiers import SpecifierSet
 
-from bigmodel_nb.headless.parameters import catalogue, read_parameters
+from bigmodel_nb.headless.parameters import catalogue, declaration, read_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = list(catalogue())
@@ -166,6 +168,14 @@ def test_notebooks_are_clean(made_again):
         assert json.loads(cleaned.read_text(encoding="utf-8")) == json.loads(path.read_text(encoding="utf-8")), f"{name}: make sync"
 
 
+def test_readme_lists_every_notebook():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, path in catalogue().items():
+        said = declaration(name)
+        row = f"| [{name}](nbs/{path.relative_to(ROOT / 'nbs').as_posix()}) | {said.title} | {said.promise} | {said.cost.rstrip('.')} |"
+        assert row in text, f"{name}: make sync"
+
+
 def test_readme_is_in_sync():
     script = "import sys; sys.path.insert(0, 'tools'); import sync; sys.stdout.buffer.write(sync.readme().encode())"
     made = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True).stdout.decode()
@@ -195,17 +205,13 @@ def test_wheel_holds_notebooks_and_data(tmp_path):
 
 def test_locked_versions_install_on_the_oldest_python():
     """Each version of the lock file that is installed here takes the first patch release of the oldest Python promised."""
-    from importlib.metadata import distribution
-
-    from packaging.specifiers import SpecifierSet
-
     oldest = re.search(r"^min_python *= *(\S+)", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.MULTILINE).group(1) + ".0"
     lock = (ROOT / "requirements" / "lock.txt").read_text(encoding="utf-8")
     checked, refused = 0, []
     for name, version in re.findall(r"^([\w.-]+)==(\S+)", lock, re.MULTILINE):
         try:
             found = distribution(name)
-        except ModuleNotFoundError:
+        except PackageNotFoundError:
             continue
         if found.version != version:
             continue

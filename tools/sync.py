@@ -93,7 +93,7 @@ def main() -> int:
         nbformat.write(notebook, path)
     nbdev_export()
     names = chosen.names or [name for name, path in everything.items() if chosen.all or is_stale(path)]
-    for name in names:
+    for name in [*(each for each in names if each != "index"), "index"]:  # the index shows what the others cost
         print(f"running {name}", flush=True)
         try:
             execute(name if name != "index" else str(INDEX), everything[name])
