@@ -1,6 +1,7 @@
 """Chapter 10: what a notebook declares, how a run ends, what is left behind, what the command says."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from bigmodel_nb.headless.cli import CHECKS, app, copy_notebooks
 from bigmodel_nb.headless.parameters import (BadRequest, Parameter, catalogue, check_parameters, check_value, declaration, find_notebook,
                                              read_parameters, suggestion)
 from bigmodel_nb.headless.report import to_html
-from bigmodel_nb.headless.run import RunFailed, run, write_atomic
+from bigmodel_nb.headless.run import _Watch, RunFailed, run, write_atomic
 
 DECLARED = '''from pathlib import Path
 epsilon: float = 0.3  # radius
@@ -170,6 +171,13 @@ def test_a_file_that_is_no_notebook_is_a_bad_request(workshop, text):
 
 
 # --- runs
+
+def test_memory_is_seen_however_short_the_run():
+    watch = _Watch()
+    with watch.memory(os.getpid()):
+        pass
+    assert watch.peak > 1e6
+
 
 def test_a_run_returns_what_was_recorded_and_leaves_three_files(save):
     name = save(new_markdown_cell("# Mine\n\n> Promise."), "from bigmodel_nb.kit.record import record\nrecord('double', 2 * n)", "import os; os.getcwd()",
@@ -350,6 +358,12 @@ def test_report_is_one_file_with_its_mathematics():
     page = to_html(notebook(new_markdown_cell(prose), "x = '<b>'"), {"status": "ok", "metrics": {}, "parameters": {"file": "<script>alert(1)</script>"}})
     assert page.count("<math") == 4 and "<title>Title &amp; more</title>" in page
     assert "<script" not in page and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_a_function_stands_apart_from_its_argument():
+    page = to_html(notebook(new_markdown_cell(r"$\log 10$ and $\log p_y$ and $\log(x)$ and $\log_2 x$"), "1"), {"status": "ok"})
+    assert len(re.findall(r'<mi>log</mi><mspace width="0.167em"', page)) == 2 and page.count("<mi>log</mi><mo") == 1
+    assert "<msub><mi>log</mi><mn>2</mn></msub>" in page
 
 
 def test_report_shows_shares_with_their_interval_and_failures():

@@ -96,6 +96,7 @@ def test_labels_of_lines_do_not_overlap():
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text().startswith("line")]
     assert len(boxes) == 3
     assert not any(first.overlaps(second) for index, first in enumerate(boxes) for second in boxes[index + 1:])
+    assert all(box.x0 > axes.bbox.x1 for box in boxes), "not over the end of the axis"
     plt.close(made)
 
 

@@ -67,6 +67,7 @@ def test_cells_are_short_and_explained(name):
     assert lines[-1] <= 25, "no teaching cell over 25 lines"
     assert lines[len(lines) // 2] <= 12, "most teaching cells under 12 lines"
     assert all(len(source.splitlines()) <= 55 for source in exported), "a class in one cell at the most"
+    assert all(len(line) <= 120 for source in teaching + exported for line in source.splitlines()), "lines fit a page"
     words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
     assert words >= 10 * len(code(notebook)), "prose says why"
 

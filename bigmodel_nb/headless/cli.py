@@ -49,7 +49,10 @@ def show(
         _fail(str(error), 2)
     typer.echo(f"{row.title}\n{row.promise}\n" + (f"Measured on 2 CPU cores: {row.cost}\n" if row.cost else ""))
     for parameter in row.parameters.values():
-        typer.echo(f"  -p {parameter.name} {'' if parameter.default is None else parameter.default}\n      {parameter.type}: {parameter.help}")
+        typer.echo(
+            f"  -p {parameter.name} {'' if parameter.default is None else parameter.default}\n      {parameter.type}:"
+            f" {parameter.help}"
+        )
 
 # %% ../../nbs/10_headless/05_cli.ipynb #7ed4711f
 _JOINT = "\x1f"  # the ASCII unit separator
@@ -82,17 +85,28 @@ def _pairs(parameters: list[str]) -> dict[str, str]:
 @app.command(cls=_TwoWords)
 def run(
     name: Annotated[str, typer.Argument(help="A notebook of the course, or a path.")],
-    parameters: Annotated[list[str], typer.Option("--parameter", "-p", metavar="NAME VALUE", help="A parameter; may be repeated.")] = [],
+    parameters: Annotated[
+        list[str], typer.Option("--parameter", "-p", metavar="NAME VALUE", help="A parameter; may be repeated.")
+    ] = [],
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/NAME/TIME here.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds that one cell may take.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, and only the report's path on stdout.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bar, and only the report's path on stdout.")
+    ] = False,
 ) -> None:
     "Run a notebook without hands: executed notebook, report.html and metrics.json in a folder."
     from bigmodel_nb.headless.run import RunFailed
     from bigmodel_nb.headless.run import run as run_notebook
 
     try:
-        done = run_notebook(name, _pairs(parameters), out=out, timeout=timeout, progress=not quiet and sys.stderr.isatty(), parse_text=True)
+        done = run_notebook(
+            name,
+            _pairs(parameters),
+            out=out,
+            timeout=timeout,
+            progress=not quiet and sys.stderr.isatty(),
+            parse_text=True,
+        )
     except BadRequest as error:
         _fail(str(error), 2)
     except RunFailed as failure:
@@ -122,7 +136,10 @@ def _short(value) -> str:
 def copy_notebooks(
     folder: Path,  # made if it is not there
 ) -> tuple[int, int]:  # how many files were copied, how many were there already
-    "Copy the course's notebooks into `folder`, never over a file that is there. Raises `BadRequest` where it cannot be written."
+    """Copy the course's notebooks into `folder`, never over a file that is there.
+
+    Raises `BadRequest` where it cannot be written.
+    """
     source, copied, kept = notebooks_folder(), 0, 0
     try:
         for path in sorted(source.rglob("*.ipynb")):
@@ -142,7 +159,9 @@ def copy_notebooks(
 # %% ../../nbs/10_headless/05_cli.ipynb #949f42f4
 @app.command()
 def lab(
-    folder: Annotated[Path, typer.Argument(help="Where the notebooks go; files that are there already stay as they are.")] = Path("bigmodel_notebooks"),
+    folder: Annotated[
+        Path, typer.Argument(help="Where the notebooks go; files that are there already stay as they are.")
+    ] = Path("bigmodel_notebooks"),
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
 ) -> None:
     "Copy the notebooks to a folder of yours and open JupyterLab there."
@@ -169,7 +188,11 @@ def _check_torch() -> Check:
     except ImportError as error:
         return "torch", f"cannot be imported: {error}", "pip install torch torchvision"
     old = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11)
-    return "torch", f"{torch.__version__}, {torch.get_num_threads()} threads", "pip install --upgrade torch torchvision" if old else ""
+    return (
+        "torch",
+        f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "pip install --upgrade torch torchvision" if old else "",
+    )
 
 # %% ../../nbs/10_headless/05_cli.ipynb #df8ca011
 def _check_torchvision() -> Check:
@@ -190,7 +213,11 @@ def _check_precision() -> Check:
     except ImportError:
         return "precision", "unknown without torch", ""
     device, dtype = best_device(), str(best_dtype()).removeprefix("torch.")
-    return "precision", f"{dtype} on {device.type}" + ("" if dtype == "bfloat16" else " (bfloat16 is not native here)"), ""
+    return (
+        "precision",
+        f"{dtype} on {device.type}" + ("" if dtype == "bfloat16" else " (bfloat16 is not native here)"),
+        "",
+    )
 
 # %% ../../nbs/10_headless/05_cli.ipynb #02d1bc6c
 def _check_gpu() -> Check:
@@ -206,8 +233,11 @@ def _check_gpu() -> Check:
     driver = shutil.which("nvidia-smi")
     listed = subprocess.run([driver, "-L"], capture_output=True, text=True, timeout=20).stdout if driver else ""
     if "GPU" in listed:
-        why = f"built for CUDA {torch.version.cuda}: update the driver, or install a torch for the driver's CUDA" if torch.version.cuda else \
-            "a CPU build: pip install torch torchvision from PyTorch's CUDA index"
+        why = (
+            f"built for CUDA {torch.version.cuda}: update the driver, or install a torch for the driver's CUDA"
+            if torch.version.cuda
+            else "a CPU build: pip install torch torchvision from PyTorch's CUDA index"
+        )
         return "GPU", f"{listed.splitlines()[0]} is there, torch cannot use it", f"this torch is {why}"
     return "GPU", "none: everything runs on the CPU", ""
 
@@ -220,7 +250,11 @@ def _check_hub() -> Check:
     try:
         socket.create_connection(("huggingface.co", 443), timeout=3).close()
     except OSError:
-        return "model hub", "cannot be reached", "only models on this disk can be used; every quick run works without it"
+        return (
+            "model hub",
+            "cannot be reached",
+            "only models on this disk can be used; every quick run works without it",
+        )
     return "model hub", "can be reached", ""
 
 
@@ -244,11 +278,25 @@ def _check_disk() -> Check:
     except OSError as error:
         return "disk", str(error), "run bigmodel in a folder that exists"
     writable = os.access(Path.cwd(), os.W_OK)
-    advice = "" if free >= 1 and writable else "free some space here" if writable else "run in a folder that you may write to, or use --out"
+    advice = (
+        ""
+        if free >= 1 and writable
+        else "free some space here" if writable else "run in a folder that you may write to, or use --out"
+    )
     return "disk", f"{free:.1f} GiB free here" + ("" if writable else ", not writable"), advice
 
 
-CHECKS = [_check_python, _check_torch, _check_torchvision, _check_gpu, _check_precision, _check_hub, _check_model, _check_memory, _check_disk]
+CHECKS = [
+    _check_python,
+    _check_torch,
+    _check_torchvision,
+    _check_gpu,
+    _check_precision,
+    _check_hub,
+    _check_model,
+    _check_memory,
+    _check_disk,
+]
 
 # %% ../../nbs/10_headless/05_cli.ipynb #63fba265
 @app.command()

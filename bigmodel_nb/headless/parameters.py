@@ -87,8 +87,16 @@ def read_parameters(
     return {}
 
 # %% ../../nbs/10_headless/01_parameters.ipynb #166aa8ec
-_NAMES = {"int": "an integer", "float": "a float", "bool": "true or false", "str": "a text", "Path": "a path", "None": "none",
-          "list": "a list", "dict": "an object"}
+_NAMES = {
+    "int": "an integer",
+    "float": "a float",
+    "bool": "true or false",
+    "str": "a text",
+    "Path": "a path",
+    "None": "none",
+    "list": "a list",
+    "dict": "an object",
+}
 
 
 def _options(annotation: ast.expr) -> list[ast.expr]:
@@ -150,8 +158,19 @@ def _from_text(annotation: ast.expr, text: str) -> Any:
 
 # %% ../../nbs/10_headless/01_parameters.ipynb #db8f6da3
 def _from_value(annotation: ast.expr, value: Any) -> Any:
-    "`value` if its type is the one that `annotation` says, an int widened where a float is wanted; ValueError otherwise."
-    types = {"int": int, "float": (int, float), "str": str, "Path": (str, Path), "None": type(None), "list": list, "dict": dict}
+    """`value` if its type is the one that `annotation` says, an int widened where a float is wanted;
+
+    ValueError otherwise.
+    """
+    types = {
+        "int": int,
+        "float": (int, float),
+        "str": str,
+        "Path": (str, Path),
+        "None": type(None),
+        "list": list,
+        "dict": dict,
+    }
     for option in _options(annotation):
         kind = ast.unparse(option)
         if kind == "bool" or isinstance(value, bool):
@@ -194,7 +213,9 @@ def check_parameters(
     "Check names and values. Raises `BadRequest`, one sentence, at the first that does not fit."
     for name in given:
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-            raise BadRequest(f"{name!r} is not a parameter name; allowed are identifiers such as {next(iter(declared), 'seed')!r}")
+            raise BadRequest(
+                f"{name!r} is not a parameter name; allowed are identifiers such as {next(iter(declared), 'seed')!r}"
+            )
         if name not in declared:
             raise BadRequest(f"unknown parameter {name!r}" + suggestion(name, list(declared), "it takes"))
     return {name: check_value(declared[name], value, text) for name, value in given.items()}
@@ -220,7 +241,7 @@ def notebooks_folder() -> Path:
 def catalogue() -> dict[str, Path]:
     "Every notebook of the course by name, in the course's order."
     root, names = notebooks_folder(), {}
-    for path in sorted(root.rglob("*.ipynb"), key=lambda path: (len(path.parts), path) if path.parent == root else (99, path)):
+    for path in sorted(root.rglob("*.ipynb"), key=lambda path: (path.parent != root, path)):
         parts = [re.sub(r"^\d+_", "", part) for part in path.relative_to(root).with_suffix("").parts]
         if not any(part.startswith((".", "_")) for part in parts) and parts != ["index"]:
             names["/".join(parts)] = path
@@ -259,10 +280,13 @@ def declaration(
     path = find_notebook(name)
     try:
         notebook = nbformat.read(path, as_version=4)
-    except (OSError, ValueError, nbformat.ValidationError, AttributeError, TypeError, KeyError) as error:  # what nbformat raises for other files
+    # what nbformat raises for other files
+    except (OSError, ValueError, nbformat.ValidationError, AttributeError, TypeError, KeyError) as error:
         raise BadRequest(f"{name!r} cannot be read as a notebook: {str(error).splitlines()[0]}") from None
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     lines = {kind: re.search(pattern, prose, re.MULTILINE) for kind, pattern in
              {"title": r"^# +(.+)$", "promise": r"^> +(.+)$", "cost": r"^\*Measured on 2 CPU cores: (.+)\*$"}.items()}
     found = {kind: match.group(1).strip() if match else "" for kind, match in lines.items()}
-    return Declaration(name, path, found["title"] or path.stem, found["promise"], found["cost"], read_parameters(notebook))
+    return Declaration(
+        name, path, found["title"] or path.stem, found["promise"], found["cost"], read_parameters(notebook)
+    )

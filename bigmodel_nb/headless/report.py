@@ -33,16 +33,20 @@ class _Renderer(IPythonRenderer):
 
 def _mathml(tex: str, display: str) -> str:
     try:
-        return latex2mathml.converter.convert(tex, display=display)
+        made = latex2mathml.converter.convert(tex, display=display)
     except Exception:  # the translator raises many kinds; a formula that it cannot read is shown as it was written
         return f"<code>{escape(tex)}</code>"
+    # a browser sets "log 10" without the space that TeX leaves after a function's name
+    name = r"(?<!<msub>)(?<!<msup>)(<mi>(?:log|ln|exp|sin|cos|tan|tanh)</mi>)(?=<m[^o])"
+    return re.sub(name, r'\1<mspace width="0.167em"/>', made)
 
 # %% ../../nbs/10_headless/02_report.ipynb #537f40cf
 _TEMPLATE = """
 {%- extends 'basic/index.html.j2' -%}
 {% block header %}<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ resources.title | e }}</title><style>{{ resources.style }}</style></head><body><main>{{ resources.summary }}{% endblock %}
+<title>{{ resources.title | e }}</title><style>{{ resources.style }}</style></head>
+<body><main>{{ resources.summary }}{% endblock %}
 {% block footer %}</main></body></html>{% endblock %}
 {% block input %}{% if cell.source.strip() %}<details class="code"><summary>code</summary>
 {{ cell.source | highlight_code(metadata=cell.metadata) | clean_html }}</details>{% endif %}{% endblock %}
@@ -54,24 +58,33 @@ _TEMPLATE = """
 
 # %% ../../nbs/10_headless/02_report.ipynb #58ebec97
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d1f24; --soft: #5a5f6b; --paper: #fff; --tint: #f3f5f8; --line: #d9dde4; --bad: #b3261e }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --soft: #a3a9b5; --paper: #16181d; --tint: #20242b; --line: #3a3f49; --bad: #ff8a80 } }
+:root { color-scheme: light dark; --ink: #1d1f24; --soft: #5a5f6b; --paper: #fff; --tint: #f3f5f8;
+  --line: #d9dde4; --bad: #b3261e }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8ec; --soft: #a3a9b5; --paper: #16181d; --tint: #20242b; --line: #3a3f49; --bad: #ff8a80 }
+}
 body { background: var(--paper); color: var(--ink); font: 16px/1.6 system-ui, sans-serif; margin: 0 }
 main { max-width: 800px; margin: 0 auto; padding: 24px 20px 64px }
-h1, h2, h3 { line-height: 1.25; margin: 1.6em 0 .5em } h1 { font-size: 1.8em; margin-top: .6em } h2 { font-size: 1.35em }
+h1, h2, h3 { line-height: 1.25; margin: 1.6em 0 .5em }
+h1 { font-size: 1.8em; margin-top: .6em } h2 { font-size: 1.35em }
 a.anchor-link { display: none } a { color: inherit }
 blockquote { border-left: 3px solid #0072B2; margin: 1em 0; padding: .1em 0 .1em 1em; color: var(--soft) }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
-pre { overflow-x: auto; background: var(--tint); padding: 8px 12px; border-radius: 4px; font-size: 13px; line-height: 1.45; white-space: pre-wrap }
+pre { overflow-x: auto; background: var(--tint); padding: 8px 12px; border-radius: 4px; font-size: 13px;
+  line-height: 1.45; white-space: pre-wrap }
 code { background: var(--tint); padding: 1px 4px; border-radius: 3px; font-size: .9em } pre code { padding: 0 }
 table { border: 0; border-collapse: collapse; font-size: 14px; margin: .6em 0; display: block; overflow-x: auto }
 th, td { border: 0; border-bottom: 1px solid var(--line); padding: 4px 10px; text-align: left; vertical-align: top }
 details.code > summary { color: var(--soft); font-size: 12px; cursor: pointer; width: max-content }
 .output_wrapper { margin: .3em 0 .9em } .output_error pre, .bad { color: var(--bad) }
-.summary { border: 1px solid var(--line); border-radius: 8px; padding: 8px 18px; margin-bottom: 24px; background: var(--tint) }
+.summary { border: 1px solid var(--line); border-radius: 8px; padding: 8px 18px; margin-bottom: 24px;
+  background: var(--tint) }
 .summary p { margin: .4em 0 } .summary summary { cursor: pointer; color: var(--soft) }
-.k, .kn, .kc, .ow { color: #0072B2; font-weight: 600 } .c1, .sd { color: var(--soft); font-style: italic } .s1, .s2, .sa { color: #a85400 } .mi, .mf { color: #00795a }
-@media (prefers-color-scheme: dark) { .k, .kn, .kc, .ow { color: #56B4E9 } .s1, .s2, .sa { color: #E69F00 } .mi, .mf { color: #3fc39a } }
+.k, .kn, .kc, .ow { color: #0072B2; font-weight: 600 } .c1, .sd { color: var(--soft); font-style: italic }
+.s1, .s2, .sa { color: #a85400 } .mi, .mf { color: #00795a }
+@media (prefers-color-scheme: dark) {
+  .k, .kn, .kc, .ow { color: #56B4E9 } .s1, .s2, .sa { color: #E69F00 } .mi, .mf { color: #3fc39a }
+}
 @media print { details.code { display: none } }
 """
 
@@ -86,7 +99,11 @@ def _shown(value: Any) -> str:
 
 
 def _rows(values: dict) -> str:
-    return "<table>" + "".join(f"<tr><td>{escape(str(name))}</td><td>{_shown(value)}</td></tr>" for name, value in values.items()) + "</table>"
+    return (
+        "<table>"
+        + "".join(f"<tr><td>{escape(str(name))}</td><td>{_shown(value)}</td></tr>" for name, value in values.items())
+        + "</table>"
+    )
 
 # %% ../../nbs/10_headless/02_report.ipynb #42328e94
 def _summary(record: dict) -> str:
@@ -100,7 +117,10 @@ def _summary(record: dict) -> str:
         lines.append(f"<p class=bad>{escape(error['message'])}</p>")
     for name in ("metrics", "parameters", "versions"):
         if record.get(name):
-            lines.append(f"<details{' open' if name == 'metrics' else ''}><summary>{name}</summary>{_rows(record[name])}</details>")
+            lines.append(
+                f"<details{' open' if name == 'metrics' else ''}>"
+                f"<summary>{name}</summary>{_rows(record[name])}</details>"
+            )
     return f"<section class=summary>{''.join(lines)}</section>"
 
 # %% ../../nbs/10_headless/02_report.ipynb #d4b3d7ce
@@ -117,14 +137,24 @@ def to_html(
     notebook: nbformat.NotebookNode,  # an executed notebook of format 4
     record: dict | None = None,  # what `metrics.json` holds: status, metrics, parameters, seconds …
 ) -> str:
-    "The notebook as one HTML page that needs nothing else: pictures and mathematics inside, code folded, `record` above."
+    """The notebook as one HTML page that needs nothing else: pictures and mathematics inside, code folded, `record`
+    above.
+    """
     notebook = copy.deepcopy(notebook)
     for cell in notebook.cells:  # recorded results have no picture; the summary shows them
         if "outputs" in cell:
-            cell.outputs = [each for each in cell.outputs if set(each.get("data", {"text": ""})) - {"application/scrapbook.scrap.json+json"}]
+            cell.outputs = [
+                each
+                for each in cell.outputs
+                if set(each.get("data", {"text": ""})) - {"application/scrapbook.scrap.json+json"}
+            ]
     exporter = _Exporter(raw_template=_TEMPLATE, exclude_input_prompt=True, exclude_output_prompt=True)
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     title = re.search(r"^# +(.+)$", prose, re.MULTILINE)
-    resources = {"title": title.group(1) if title else "notebook", "style": _STYLE, "summary": _summary(record) if record else ""}
+    resources = {
+        "title": title.group(1) if title else "notebook",
+        "style": _STYLE,
+        "summary": _summary(record) if record else "",
+    }
     page, _ = exporter.from_notebook_node(notebook, resources={**resources, "metadata": {"name": resources["title"]}})
     return page

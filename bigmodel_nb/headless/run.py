@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -80,13 +80,13 @@ class _Watch:
         done = threading.Event()
 
         def sample():
-            while not done.wait(0.05):
-                try:
+            while True:  # at least one look, however short the notebook
+                with suppress(psutil.Error):  # it ended between two looks
                     process = psutil.Process(pid)
                     family = [process, *process.children(recursive=True)]
                     self.peak = max(self.peak, sum(member.memory_info().rss for member in family))
-                except psutil.Error:  # it ended between two looks
-                    continue
+                if done.wait(0.05):
+                    return
 
         thread = threading.Thread(target=sample, daemon=True)
         thread.start()
@@ -122,8 +122,12 @@ def _engine(watch: _Watch, environment: dict[str, str]):
 
     class Engine(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, client=None, **_):
-            return Client(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout, **client).execute()
+        def execute_managed_notebook(
+            cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, client=None, **_
+        ):
+            return Client(
+                nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout, **client
+            ).execute()
 
     return Engine
 
@@ -157,12 +161,27 @@ def _execute(path: Path, values: dict, saver: _Saver, watch: _Watch, timeout: fl
     key = f"bigmodel-{id(saver)}"
     papermill_engines.register(key, _engine(watch, {**os.environ, "TQDM_DISABLE": "1"}))
     papermill_io.register(f"{key}://", saver)
-    client = {"resources": {"metadata": {"path": str(saver.path.parent)}}, "config": Config(ipc), "store_widget_state": False}
+    client = {
+        "resources": {"metadata": {"path": str(saver.path.parent)}},
+        "config": Config(ipc),
+        "store_widget_state": False,
+    }
     try:
-        execute_notebook(nbformat.read(path, as_version=4), f"{key}://run.ipynb", values, engine_name=key, kernel_name=_kernel(path),
-                         language="python", progress_bar=progress, execution_timeout=timeout, client=client)
+        execute_notebook(
+            nbformat.read(path, as_version=4),
+            f"{key}://run.ipynb",
+            values,
+            engine_name=key,
+            kernel_name=_kernel(path),
+            language="python",
+            progress_bar=progress,
+            execution_timeout=timeout,
+            client=client,
+        )
     finally:
-        papermill_io._handlers[:] = [(scheme, handler) for scheme, handler in papermill_io._handlers if handler is not saver]
+        papermill_io._handlers[:] = [
+            (scheme, handler) for scheme, handler in papermill_io._handlers if handler is not saver
+        ]
         papermill_engines._engines.pop(key, None)
         shutil.rmtree(sockets, ignore_errors=True)
 
@@ -175,7 +194,9 @@ def _kernel(path: Path) -> str:
     return named if named in KernelSpecManager().find_kernel_specs() else "python3"
 
 # %% ../../nbs/10_headless/03_run.ipynb #94113c15
-def _verdict(error: BaseException | None, notebook: nbformat.NotebookNode | None, watch: _Watch, timeout: float | None) -> tuple[str, dict | None]:
+def _verdict(
+    error: BaseException | None, notebook: nbformat.NotebookNode | None, watch: _Watch, timeout: float | None
+) -> tuple[str, dict | None]:
     "Status and error of a run from what it raised."
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -185,10 +206,18 @@ def _verdict(error: BaseException | None, notebook: nbformat.NotebookNode | None
     title = _title(notebook, _last_started(notebook))
     if isinstance(error, PapermillExecutionError):
         title, last = _title(notebook, error.cell_index), f"{error.ename}: {error.evalue}".strip(": ")
-        return "failed", {"cell": title, "exception": error.ename, "message": f"{title}: {last.splitlines()[-1] if last else error.ename}"}
+        return "failed", {
+            "cell": title,
+            "exception": error.ename,
+            "message": f"{title}: {last.splitlines()[-1] if last else error.ename}",
+        }
     name = type(error).__name__
     if isinstance(error, CellTimeoutError):
-        return "timeout", {"cell": title, "exception": name, "message": f"{title}: the cell took longer than {timeout:g} s"}
+        return "timeout", {
+            "cell": title,
+            "exception": name,
+            "message": f"{title}: the cell took longer than {timeout:g} s",
+        }
     if isinstance(error, DeadKernelError):
         by = f" by signal {-watch.exit}" if watch.exit and watch.exit < 0 else ""
         return "killed", {"cell": title, "exception": name, "message": f"{title}: the kernel was ended{by}"}
@@ -207,13 +236,20 @@ def _sentence(error: BaseException) -> str:
 def _last_started(notebook: nbformat.NotebookNode | None) -> int:
     "Index of the last cell that began to run, from papermill's time stamps."
     cells = notebook.cells if notebook else []
-    return max((index for index, cell in enumerate(cells) if cell.metadata.get("papermill", {}).get("start_time")), default=0)
+    return max(
+        (index for index, cell in enumerate(cells) if cell.metadata.get("papermill", {}).get("start_time")), default=0
+    )
 
 
 def _title(notebook: nbformat.NotebookNode | None, index: int) -> str:
     "The nearest heading above a cell, and the cell's place."
     cells = notebook.cells[: index + 1] if notebook else []
-    headings = [match.group(1) for cell in cells if cell.cell_type == "markdown" for match in re.finditer(r"^#+ +(.+)$", cell.source, re.MULTILINE)]
+    headings = [
+        match.group(1)
+        for cell in cells
+        if cell.cell_type == "markdown"
+        for match in re.finditer(r"^#+ +(.+)$", cell.source, re.MULTILINE)
+    ]
     return f"cell {index + 1}" + (f" ({headings[-1]})" if headings else "")
 
 # %% ../../nbs/10_headless/03_run.ipynb #99256bd6
@@ -236,7 +272,11 @@ def _true_marks(notebook: nbformat.NotebookNode, status: str) -> None:
 def _prepare(name: str, out: str | Path | None) -> Path:
     "Make the run's folder. Raises `BadRequest` where nothing can be written, and leaves nothing behind then."
     stem = re.sub(r"\.ipynb$", "", name.replace(os.sep, "/").strip("/").split("/../")[-1])
-    place = Path(out).expanduser() if out is not None else Path("runs") / stem.lstrip("./") / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    place = (
+        Path(out).expanduser()
+        if out is not None
+        else Path("runs") / stem.lstrip("./") / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    )
     folder = place.absolute()
     if (folder / "metrics.json").exists():
         raise BadRequest(f"out is {str(place)!r}, which already holds a run; allowed is a new folder")
@@ -279,7 +319,11 @@ def _finish(folder: Path, saver: _Saver, notebook: nbformat.NotebookNode | None,
             write_atomic(folder / "report.html", to_html(notebook, record))
     except OSError as error:
         record["status"] = "failed" if record["status"] == "ok" else record["status"]
-        record["error"] = record["error"] or {"cell": "", "exception": type(error).__name__, "message": _sentence(error)}
+        record["error"] = record["error"] or {
+            "cell": "",
+            "exception": type(error).__name__,
+            "message": _sentence(error),
+        }
     (folder / ".reserve").unlink(missing_ok=True)
     write_atomic(folder / "metrics.json", json.dumps(record, indent=2))
 
@@ -300,8 +344,16 @@ def run(
     folder = _prepare(name, out)
     saver, watch, start, error = _Saver(folder / "notebook.ipynb"), _Watch(), time.perf_counter(), None
     everything = {key: values.get(key, parameter.default) for key, parameter in declared.parameters.items()}
-    record = {"status": "running", "metrics": {}, "parameters": everything, "versions": _versions(), "seed": everything.get("seed"),
-              "notebook": name, "started": datetime.now().astimezone().isoformat(timespec="seconds"), "pid": os.getpid()}
+    record = {
+        "status": "running",
+        "metrics": {},
+        "parameters": everything,
+        "versions": _versions(),
+        "seed": everything.get("seed"),
+        "notebook": name,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "pid": os.getpid(),
+    }
     try:
         write_atomic(folder / "metrics.json", json.dumps(record, indent=2))
         _execute(declared.path, values, saver, watch, timeout, progress)
@@ -310,7 +362,9 @@ def run(
     notebook = _read_json(saver.text)
     record["status"], record["error"] = _verdict(error, notebook, watch, timeout)
     del record["pid"]
-    record.update(device=watch.device, seconds=round(time.perf_counter() - start, 2), peak_memory_mb=round(watch.peak / 1e6))
+    record.update(
+        device=watch.device, seconds=round(time.perf_counter() - start, 2), peak_memory_mb=round(watch.peak / 1e6)
+    )
     if notebook:
         _true_marks(notebook, record["status"])
         record["metrics"] = read_records(notebook)

@@ -104,16 +104,22 @@ def spread(
 def label_lines(
     axes: Axes,  # its lines whose label does not start with "_" get their names
 ) -> None:
-    "Write each line's label beside its last point, in its colour, none over another. Call it last, when the limits stand."
+    """Write each line's label beside its last point, in its colour, none over another or over the axes.
+
+    Call it last, when the limits stand.
+    """
     lines = [line for line in axes.lines if not line.get_label().startswith("_")]
     if not lines:
         return
     axes.figure.canvas.draw()  # the layout, and with it the size of a point in data, is known only now
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
-    heights = [axes.transData.transform(end)[1] for end in ends]
-    for line, end, height, place in zip(lines, ends, heights, spread(heights, gap=1.35 * 9 * axes.figure.dpi / 72)):
-        shift = (place - height) * 72 / axes.figure.dpi
-        axes.annotate(line.get_label(), end, xytext=(6, shift), textcoords="offset points", va="center", color=line.get_color(), fontsize=9)
+    point = axes.figure.dpi / 72  # pixels
+    drawn = axes.transData.transform(ends)
+    for line, end, (x, y), place in zip(lines, ends, drawn, spread(drawn[:, 1].tolist(), gap=1.35 * 9 * point)):
+        margin = (axes.bbox.x1 - x) / point
+        shift = (6 + margin if 0 < margin < 30 else 6, (place - y) / point)
+        style = dict(xytext=shift, textcoords="offset points", va="center", color=line.get_color(), fontsize=9)
+        axes.annotate(line.get_label(), end, **style)
 
 # %% ../../nbs/00_kit/02_plots.ipynb #babff1c5
 def limit_line(
@@ -145,8 +151,10 @@ def image_grid(
     "Small images with their true labels and, where given, predictions; wrong ones stand out by frame and mark."
     images = np.asarray(images)
     if len(images) == 0 or len(images) != len(targets) or (predictions is not None and len(predictions) != len(images)):
-        raise ValueError(f"images, targets and predictions have lengths {len(images)}, {len(targets)} and "
-                         f"{'none' if predictions is None else len(predictions)}; allowed is one common length of at least 1")
+        raise ValueError(
+            f"images, targets and predictions have lengths {len(images)}, {len(targets)} and "
+            f"{'none' if predictions is None else len(predictions)}; allowed is one common length of at least 1"
+        )
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     made, axes = figure(title, rows, columns, height=0.35 + rows * (7 / columns + 0.2), squeeze=False)
@@ -167,7 +175,12 @@ def _draw_image(axes: Axes, image: np.ndarray, target, prediction) -> None:
     text = str(target) if prediction is None else (f"{target} → {prediction} ✗" if wrong else f"{target} ✓")
     axes.set_xlabel(text, color=COLORS["failure"] if wrong else "black", labelpad=2)
     for spine in axes.spines.values():
-        spine.set(visible=True, linestyle=(0, (3, 2)) if wrong else "-", linewidth=2 if wrong else 0.6, color=COLORS["failure"] if wrong else "0.6")
+        spine.set(
+            visible=True,
+            linestyle=(0, (3, 2)) if wrong else "-",
+            linewidth=2 if wrong else 0.6,
+            color=COLORS["failure"] if wrong else "0.6",
+        )
 
 # %% ../../nbs/00_kit/02_plots.ipynb #9ab6a831
 def table(
@@ -194,5 +207,9 @@ def table(
 # %% ../../nbs/00_kit/02_plots.ipynb #63acb393
 def _three_digits(value) -> str:
     if isinstance(value, (float, np.floating)):
-        return "–" if np.isnan(value) else f"{value:#.3g}".rstrip(".") if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+        return (
+            "–"
+            if np.isnan(value)
+            else f"{value:#.3g}".rstrip(".") if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+        )
     return str(value)

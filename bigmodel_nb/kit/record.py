@@ -34,14 +34,20 @@ def to_json(
     if isinstance(value, (list, tuple)):
         return [to_json(item, f"{name}[{index}]") for index, item in enumerate(value)]
     kind = type(value).__name__
-    raise TypeError(f"{name} is a {kind}; allowed are numbers, strings, booleans, None, and lists, dicts, arrays or dataclasses of them")
+    raise TypeError(
+        f"{name} is a {kind}; allowed are numbers, strings, booleans, None, and lists, dicts, arrays or dataclasses of"
+        " them"
+    )
 
 # %% ../../nbs/00_kit/01_record.ipynb #612aefc3
 def record(
     name: str,  # an identifier, unique in the notebook: it becomes a key of `metrics.json`
     value: Any,  # what `to_json` accepts
 ) -> None:
-    "Store `value` under `name` in the notebook's outputs, in scrapbook's form; `headless.run` returns it among its metrics."
+    """Store `value` under `name` in the notebook's outputs, in scrapbook's form;
+
+    `headless.run` returns it among its metrics.
+    """
     if not (isinstance(name, str) and name.isidentifier()):
         raise ValueError(f"name is {name!r}; allowed is an identifier: letters, digits and underscores, no digit first")
     scrap = {"name": name, "data": to_json(value, name), "encoder": "json", "version": 1}
@@ -52,7 +58,9 @@ def record(
 def read_records(
     notebook: dict,  # an executed notebook as a dict or `NotebookNode` of format 4
 ) -> dict[str, Any]:  # name to value, in the order of recording; a name recorded twice keeps its last value
-    "All values that the cells of `notebook` recorded, by `record`, by scrapbook's `glue` or by papermill's old `record`."
+    """All values that the cells of `notebook` recorded, by `record`, by scrapbook's `glue` or by papermill's old
+    `record`.
+    """
     records = {}
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 # %% ../../nbs/03_models/03_vision.ipynb #3a05ba08
 def _start(module: nn.Module) -> None:
-    "He et al. 2015, equation 10: weights of variance 2 / fan-in, so that the signal keeps its size through the rectifiers."
+    """He et al. 2015, equation 10: weights of variance 2 / fan-in, so that the signal keeps its size through the
+    rectifiers.
+    """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
@@ -30,9 +32,11 @@ def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
 class SmallConvNet(nn.Module):
     """A small convolutional classifier for square images with values in [0, 1].
 
-    Stages of two convolutions and a pooling follow each other until the map is less than 4 pixels wide; the channels double
+    Stages of two convolutions and a pooling follow each other until the map is less than 4 pixels wide;
+    the channels double
     from stage to stage, from `width` to at most `4 * width`. A linear layer reads the last map. Its weights start as
-    He et al. (2015) derive. Raises `ValueError` for sizes that are not allowed and for an input of another shape, `TypeError` for one of integers.
+    He et al. (2015) derive. Raises `ValueError` for sizes that are not allowed and for an input of another shape,
+    `TypeError` for one of integers.
     """
 
     def __init__(
@@ -43,7 +47,9 @@ class SmallConvNet(nn.Module):
         width: int = 32,  # channels of the first stage
     ):
         super().__init__()
-        _check_sizes(image_size=(image_size, 4), in_channels=(in_channels, 1), num_classes=(num_classes, 1), width=(width, 1))
+        _check_sizes(
+            image_size=(image_size, 4), in_channels=(in_channels, 1), num_classes=(num_classes, 1), width=(width, 1)
+        )
         self.image_size, self.in_channels = image_size, in_channels
         stages, channels, size = [], in_channels, image_size
         while size >= 4:
@@ -63,7 +69,9 @@ class SmallConvNet(nn.Module):
             raise TypeError(f"input is {input.dtype}; allowed are floating numbers in [0, 1]: divide bytes by 255")
         expected = (self.in_channels, self.image_size, self.image_size)
         if input.dim() != 4 or input.shape[1:] != expected:
-            raise ValueError(f"input has shape {tuple(input.shape)}; allowed is (batch, {', '.join(map(str, expected))})")
+            raise ValueError(
+                f"input has shape {tuple(input.shape)}; allowed is (batch, {', '.join(map(str, expected))})"
+            )
         return self.head(self.stages(input).flatten(1))
 
 # %% ../../nbs/03_models/03_vision.ipynb #1b9279af

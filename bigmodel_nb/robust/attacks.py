@@ -40,7 +40,7 @@ def _project(change: Tensor, x: Tensor, eps: float, norm: str, bounds: tuple[flo
     if norm == "linf":
         return change.clamp(-eps, eps).clamp(low, high)
     fits = _length(change.clamp(low, high)) <= eps
-    inside, outside = fits.to(x.dtype), torch.ones_like(x[:, :1].flatten(1)[:, 0])
+    inside, outside = fits.to(x.dtype), torch.ones_like(fits, dtype=x.dtype)
     for _ in range(40):
         middle = (inside + outside) / 2
         short = _length((change * _per_example(middle, x)).clamp(low, high)) <= eps
@@ -49,7 +49,9 @@ def _project(change: Tensor, x: Tensor, eps: float, norm: str, bounds: tuple[flo
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #b00e7c90
 def _reach(unit: Tensor, x: Tensor, eps: float, bounds: tuple[float, float]) -> Tensor:
-    "(batch,) the multiple of `unit`, of length 1, that clipped to the box is `eps` long, or moves every input across the box."
+    """(batch,) the multiple of `unit`, of length 1, that clipped to the box is `eps` long, or moves every input across
+    the box.
+    """
     low, high = bounds[0] - x, bounds[1] - x
     across = (bounds[1] - bounds[0]) / unit.abs().clamp_min(1e-9)  # what takes each input from one bound to the other
     needed = torch.where(unit.abs() > 1e-9, across, 0.0).flatten(1).amax(1)
@@ -85,7 +87,9 @@ def _losses(logits: Tensor, y: Tensor, loss: str) -> Tensor:
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #9d3b8af6
 class _Slope:
-    "Slopes of what an attack raises, in the input; remembers where cross-entropy (`faded`) or the model itself (`blind`) had none."
+    """Slopes of what an attack raises, in the input; remembers where cross-entropy (`faded`) or the model itself
+    (`blind`) had none.
+    """
 
     def __init__(self, model: nn.Module, loss: str, targeted: bool):
         self.model, self.loss, self.sign = model, loss, -1.0 if targeted else 1.0
@@ -113,41 +117,64 @@ class _Slope:
     def _of(self, logits: Tensor, x: Tensor, y: Tensor, loss: str) -> Tensor:
         gradient = None
         if logits.requires_grad:
-            (gradient,) = torch.autograd.grad(self.sign * _losses(logits, y, loss).sum(), x, retain_graph=loss == "ce", allow_unused=True)
+            (gradient,) = torch.autograd.grad(
+                self.sign * _losses(logits, y, loss).sum(), x, retain_graph=loss == "ce", allow_unused=True
+            )
         if gradient is None:
-            raise ValueError(f"model is a {type(self.model).__name__} whose logits do not depend differentiably on its input; "
-                             "allowed are models with a slope, others need a black-box attack")
+            raise ValueError(
+                f"model is a {type(self.model).__name__} whose logits do not depend differentiably on its input; "
+                "allowed are models with a slope, others need a black-box attack"
+            )
         return gradient.nan_to_num(0.0)
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #86b1ae90
 def _check_logits(logits: Tensor, x: Tensor, y: Tensor) -> None:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-        given = f"outputs of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise ValueError(f"model gives {given} for {len(x)} examples; allowed are logits (batch, class) with two classes or more")
+        given = (
+            f"outputs of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        )
+        raise ValueError(
+            f"model gives {given} for {len(x)} examples; allowed are logits (batch, class) with two classes or more"
+        )
     outside = y[(y < 0) | (y >= logits.shape[1])]
     if len(outside):
-        raise ValueError(f"y holds class {outside[0].item()}; allowed are 0 to {logits.shape[1] - 1}, the model's classes")
+        raise ValueError(
+            f"y holds class {outside[0].item()}; allowed are 0 to {logits.shape[1] - 1}, the model's classes"
+        )
     rounding = 8 * torch.finfo(logits.dtype).eps
     if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < rounding).all():
-        raise ValueError("model gives probabilities (rows that are not negative and sum to 1); allowed are logits: leave out the last softmax")
+        raise ValueError(
+            "model gives probabilities (rows that are not negative and sum to 1); allowed are logits: leave out the"
+            " last softmax"
+        )
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #f83fffa4
 def _check_examples(x: Tensor, y: Tensor, attack: "FGSM | PGD") -> None:
     low, high = attack.bounds
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype if isinstance(x, Tensor) else f'a {type(x).__name__}'}; allowed is a floating tensor, such as images divided by 255")
+        raise TypeError(
+            f"x is {x.dtype if isinstance(x, Tensor) else f'a {type(x).__name__}'}; allowed is a floating tensor, such"
+            " as images divided by 255"
+        )
     if x.dim() < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (batch, ...), with at least one dimension after the batch")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; allowed is (batch, ...), with at least one dimension after the batch"
+        )
     if not isinstance(y, Tensor) or y.dtype == torch.bool or y.is_floating_point() or y.dim() != 1 or len(y) != len(x):
         given = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise ValueError(f"y is {given}; allowed are integers of shape ({len(x)},), one class for each example")
     if not torch.isfinite(x).all():
         raise ValueError("x holds nan or infinity; allowed are finite numbers")
     if x.numel() and (x.min() < low or x.max() > high):
-        raise ValueError(f"x ranges from {x.min():g} to {x.max():g}; allowed are values within bounds, {low:g} to {high:g}")
+        raise ValueError(
+            f"x ranges from {x.min():g} to {x.max():g}; allowed are values within bounds, {low:g} to {high:g}"
+        )
     across = (high - low) * math.sqrt(x[:1].numel()) if len(x) else math.inf
     if attack.norm == "l2" and attack.eps > across:
-        raise ValueError(f"eps is {attack.eps}; allowed is a radius in input units, from 0 to {across:g}, the distance across the box of these inputs")
+        raise ValueError(
+            f"eps is {attack.eps}; allowed is a radius in input units, from 0 to {across:g}, the distance across the"
+            " box of these inputs"
+        )
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #f5ed6910
 def _check_settings(attack: "FGSM | PGD") -> None:
@@ -155,11 +182,17 @@ def _check_settings(attack: "FGSM | PGD") -> None:
         if getattr(attack, name) not in allowed:
             raise ValueError(f"{name} is {getattr(attack, name)!r}; allowed are {' and '.join(map(repr, allowed))}")
     bounds, eps = attack.bounds, attack.eps
-    if not (isinstance(bounds, Sequence) and len(bounds) == 2 and all(isinstance(end, Real) for end in bounds) and bounds[0] < bounds[1]):
+    two = isinstance(bounds, Sequence) and len(bounds) == 2 and all(isinstance(end, Real) for end in bounds)
+    if not (two and bounds[0] < bounds[1]):
         raise ValueError(f"bounds is {bounds!r}; allowed are a low and a higher number")
     width = bounds[1] - bounds[0]
-    if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= eps < math.inf or (attack.norm == "linf" and eps > width):
-        most = f"to {width:g}, the width of bounds (of pixels from 0 to 255, 8 is 8/255 here)" if attack.norm == "linf" else "up"
+    largest = width if attack.norm == "linf" else math.inf
+    if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= eps < math.inf or eps > largest:
+        most = (
+            f"to {width:g}, the width of bounds (of pixels from 0 to 255, 8 is 8/255 here)"
+            if attack.norm == "linf"
+            else "up"
+        )
         raise ValueError(f"eps is {eps!r}; allowed is a radius in input units, from 0 {most}")
     for name, least in {"steps": 1, "restarts": 1, "seed": 0}.items():
         value = getattr(attack, name, least)
@@ -190,7 +223,12 @@ def _random_states(model: nn.Module) -> Iterator[None]:
 def _guest(model: nn.Module) -> Iterator[None]:
     "Evaluation mode while the body runs; then modes, buffers and random states are as before."
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, name, buffer, buffer.clone()) for module in model.modules() for name, buffer in module._buffers.items() if buffer is not None]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     with _random_states(model):
         model.eval()
         try:
@@ -217,7 +255,10 @@ class _Attack:
         x: Tensor,  # floating inputs (batch, ...) within `bounds`
         y: Tensor,  # classes (batch,): the true ones, or the wanted ones where `targeted`
     ) -> Tensor:  # inputs of the same shape, within `eps` of `x` and within `bounds`
-        "Attack `model`, in evaluation mode, at `x`. Warns where slopes are zero; raises `ValueError` or `TypeError` for what cannot be attacked."
+        """Attack `model`, in evaluation mode, at `x`.
+
+        Warns where slopes are zero; raises `ValueError` or `TypeError` for what cannot be attacked.
+        """
         _check_examples(x, y, self)
         if len(x) == 0 or self.eps == 0:
             return x.detach().clone()
@@ -225,9 +266,15 @@ class _Attack:
         with torch.inference_mode(False), torch.enable_grad(), _guest(model):
             found = self._run(slope, x.detach().clone(), y.to(x.device, torch.long, copy=True))
         if slope.faded:
-            warnings.warn("the slope of cross-entropy is zero for some examples: the margin is used there", stacklevel=2)
+            warnings.warn(
+                "the slope of cross-entropy is zero for some examples: the margin is used there", stacklevel=2
+            )
         if slope.blind:
-            warnings.warn("the model has no slope at all at some inputs, and an attack by slopes is blind there: add a black-box attack", stacklevel=2)
+            warnings.warn(
+                "the model has no slope at all at some inputs, and an attack by slopes is blind there: add a black-box"
+                " attack",
+                stacklevel=2,
+            )
         return found
 
     def _step(self, gradient: Tensor, x: Tensor, multiple: float, length: float | None = None) -> Tensor:
@@ -235,7 +282,11 @@ class _Attack:
         unit = self._unit(gradient)
         if length is not None:
             return length * unit
-        return multiple * (self.eps * unit if self.norm == "linf" else _per_example(_reach(unit, x, self.eps, self.bounds), unit) * unit)
+        return multiple * (
+            self.eps * unit
+            if self.norm == "linf"
+            else _per_example(_reach(unit, x, self.eps, self.bounds), unit) * unit
+        )
 
     def _unit(self, gradient: Tensor) -> Tensor:
         "The step of length 1 that raises a linear loss most."
@@ -248,7 +299,9 @@ class _Attack:
 # %% ../../nbs/06_robust/01_attacks.ipynb #5963e738
 @dataclass(frozen=True)
 class FGSM(_Attack):
-    """One step to the point of ball and box that is worst for the slope at the start: along its sign (`linf`) or direction (`l2`).
+    """One step to the point of ball and box that is worst for the slope at the start.
+
+    It goes along the slope's sign (`linf`) or direction (`l2`).
 
     `attack(model, x, y)` gives inputs of the shape of `x`. Source: Goodfellow, Shlens and Szegedy 2015, section 4.
     """
@@ -265,9 +318,12 @@ class FGSM(_Attack):
         return (x + change).clamp(*self.bounds)
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #7c965620
-def _climb(attack: "PGD", slope: _Slope, x: Tensor, y: Tensor, change: Tensor, active: Tensor, best: Tensor, merit: Tensor) -> None:
+def _climb(
+    attack: "PGD", slope: _Slope, x: Tensor, y: Tensor, change: Tensor, active: Tensor, best: Tensor, merit: Tensor
+) -> None:
     "One restart on the examples `active`, from `change`; better points go into `best`, their margins into `merit`."
-    for size in [*(2 * (attack.steps - step) / attack.steps for step in range(attack.steps)), None]:  # after the last step one more look
+    sizes = [2 * (attack.steps - step) / attack.steps for step in range(attack.steps)]
+    for size in [*sizes, None]:  # after the last step one more look
         if len(active) == 0:
             return
         here, goal = (x[active] + change).clamp(*attack.bounds), y[active]
@@ -280,7 +336,13 @@ def _climb(attack: "PGD", slope: _Slope, x: Tensor, y: Tensor, change: Tensor, a
         better = found > merit[active]  # never true of nan
         best[active[better]], merit[active[better]] = here[better], found[better]
         if size is not None:
-            change = _project(change + attack._step(gradient, x[active], size, attack.step_size), x[active], attack.eps, attack.norm, attack.bounds)
+            change = _project(
+                change + attack._step(gradient, x[active], size, attack.step_size),
+                x[active],
+                attack.eps,
+                attack.norm,
+                attack.bounds,
+            )
             if attack.early_stop:
                 going = ~(merit[active] > 0)
                 active, change = active[going], change[going]
@@ -288,15 +350,18 @@ def _climb(attack: "PGD", slope: _Slope, x: Tensor, y: Tensor, change: Tensor, a
 # %% ../../nbs/06_robust/01_attacks.ipynb #59534c89
 @dataclass(frozen=True)
 class PGD(_Attack):
-    """Projected gradient ascent from random points of the ball; for each example the point with the largest margin that was met.
+    """Projected gradient ascent from random points of the ball; the point of largest margin that was met.
 
-    `attack(model, x, y)` gives inputs of the shape of `x`. The same seed gives the same starts. Source: Madry et al. 2018.
+    `attack(model, x, y)` gives inputs of the shape of `x`. The same seed gives the same starts.
+    Source: Madry et al. 2018.
     """
 
     eps: float  # radius of the ball, in input units
     norm: Literal["linf", "l2"] = "linf"  # the ball: largest change of one input, or length of the change
     steps: int = 10  # steps of each restart; each costs a forward and a backward pass
-    step_size: float | None = None  # a fixed length of every step, in input units; default: shrinking, from twice the radius down
+    step_size: float | None = (
+        None  # a fixed length of every step, in input units; default: shrinking, from twice the radius down
+    )
     restarts: int = 1  # random starts
     loss: Literal["ce", "margin"] = "ce"  # what is raised: cross-entropy, or the largest wrong logit minus the true one
     bounds: tuple[float, float] = (0.0, 1.0)  # the box: smallest and largest value of an input
@@ -327,7 +392,10 @@ def _standing(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def _held(model: nn.Module, data: Iterable, attacks: Sequence[_Attack], device: torch.device | str | None) -> Tensor:
     "(attack, example): classified rightly before the attack, after it, and after all earlier ones."
     if device is None:
-        device = next((tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors), torch.device("cpu"))
+        device = next(
+            (tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors),
+            torch.device("cpu"),
+        )
     held = []
     for batch in data:
         if not isinstance(batch, (list, tuple)) or len(batch) != 2:
@@ -361,17 +429,26 @@ def robust_accuracy(
 def robustness_curve(
     model: nn.Module,  # gives logits (batch, class); judged in evaluation mode and left as it was
     data: Iterable,  # batches (input, target), such as a DataLoader
-    attack: FGSM | PGD,  # an untargeted attack; its `eps`, and in proportion a fixed `step_size`, are set to each radius
+    attack: FGSM | PGD,  # untargeted; its `eps`, and in proportion a fixed `step_size`, are set to each radius
     eps: Sequence[float],  # radii, in input units
     device: torch.device | str | None = None,  # where the model is; default: where its first parameter is
 ) -> pd.DataFrame:  # columns eps, accuracy, low, high, n; a row a radius, ascending
     "Robust accuracy against radius, with Wilson intervals; never rising."
     radii = sorted(float(radius) for radius in eps)
     if not radii or attack.targeted:
-        raise ValueError(f"eps has {len(radii)} radii and attack is {'' if attack.targeted else 'un'}targeted; allowed are at least one radius and an untargeted attack")
+        raise ValueError(
+            f"eps has {len(radii)} radii and attack is {'' if attack.targeted else 'un'}targeted; allowed are at least"
+            " one radius and an untargeted attack"
+        )
     attacks = [replace(attack, eps=radius) for radius in radii]
     if getattr(attack, "step_size", None) is not None and attack.eps > 0:
-        attacks = [replace(each, step_size=attack.step_size * each.eps / attack.eps) if each.eps > 0 else each for each in attacks]
+        attacks = [
+            replace(each, step_size=attack.step_size * each.eps / attack.eps) if each.eps > 0 else each
+            for each in attacks
+        ]
     held = _held(model, data, attacks, device)
     shares = [Proportion.of(row.sum(), held.shape[1]) for row in held]
-    return pd.DataFrame([{"eps": radius, "accuracy": share.value, "low": share.low, "high": share.high, "n": share.n} for radius, share in zip(radii, shares)])
+    return pd.DataFrame([
+        {"eps": radius, "accuracy": share.value, "low": share.low, "high": share.high, "n": share.n}
+        for radius, share in zip(radii, shares)
+    ])

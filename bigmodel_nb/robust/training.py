@@ -20,7 +20,7 @@ from ..training.loop import forward
 class AdversarialTraining:
     """An objective for `training.fit`: the loss of attacked inputs (Madry et al. 2018, eq. 2.1).
 
-    `objective(model, input, target)` attacks the batch in evaluation mode, then gives the loss of the attacked batch in the
+    `objective(model, input, target)` attacks the batch in evaluation mode, then gives the loss of that batch in the
     model's own mode, a scalar. Random starts differ from call to call and repeat for a new objective.
     """
 

@@ -55,7 +55,10 @@ def move(
 def supervised(
     loss: Callable[[Tensor, Tensor], Tensor],  # loss(logits, target) gives a scalar, the mean over the batch
 ) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    "The objective of supervised learning: `objective(model, input, target)` is `loss` of the model's logits and `target`."
+    """The objective of supervised learning:
+
+    `objective(model, input, target)` is `loss` of the model's logits and `target`.
+    """
     def objective(model: nn.Module, input: Any, target: Tensor) -> Tensor:
         return loss(forward(model, input), target)
     return objective
@@ -63,7 +66,9 @@ def supervised(
 # %% ../../nbs/04_training/01_loop.ipynb #cab5e584
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    "Inside, each module of `model` is in evaluation mode and no gradient is kept; afterwards each has its own mode again."
+    """Inside, each module of `model` is in evaluation mode and no gradient is kept; afterwards each has its own mode
+    again.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -79,17 +84,25 @@ def _batches(loader: Iterable, device: torch.device, name: str) -> Iterator[tupl
     count = 0
     for count, batch in enumerate(loader, 1):
         if not isinstance(batch, (list, tuple)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-            raise ValueError(f"{name} gives a batch of type {type(batch).__name__}; allowed are pairs (input, target) with a tensor as target")
+            raise ValueError(
+                f"{name} gives a batch of type {type(batch).__name__}; allowed are pairs (input, target) with a tensor"
+                " as target"
+            )
         yield move(batch, device)
     if count == 0:
-        raise ValueError(f"{name} gave no batch; allowed is at least one (a generator is empty after one epoch: give a DataLoader or a list)")
+        raise ValueError(
+            f"{name} gave no batch; allowed is at least one (a generator is empty after one epoch: give a DataLoader or"
+            " a list)"
+        )
 
 # %% ../../nbs/04_training/01_loop.ipynb #bc015a80
 def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
     "`device`, or else that of the model's first parameter or buffer, or else the CPU."
     if device is not None:
         return torch.device(device)
-    return next((tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors), torch.device("cpu"))
+    return next(
+        (tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors), torch.device("cpu")
+    )
 
 # %% ../../nbs/04_training/01_loop.ipynb #bc345998
 @dataclass(frozen=True)
@@ -140,7 +153,9 @@ class History:
 
     @property
     def frame(self) -> pd.DataFrame:
-        "A row an epoch: epoch (from 1), train_loss, valid_loss, valid_accuracy (NaN without validation), seconds (validation included)."
+        """A row an epoch: epoch (from 1), train_loss, valid_loss, valid_accuracy (NaN without validation), seconds
+        (validation included).
+        """
         columns = ["epoch", "train_loss", "valid_loss", "valid_accuracy", "seconds"]
         return pd.DataFrame(self.rows, columns=columns).astype(dict.fromkeys(columns[1:], float) | {"epoch": int})
 
@@ -149,7 +164,16 @@ class History:
         return f"History({len(self.rows)} epochs, {len(self.batch_losses)} batches{ending})"
 
 # %% ../../nbs/04_training/01_loop.ipynb #cca7bd91
-def _step(model: nn.Module, input: Any, target: Tensor, objective: Callable, optimizer, scheduler, max_norm: float | None, where: str) -> float:
+def _step(
+    model: nn.Module,
+    input: Any,
+    target: Tensor,
+    objective: Callable,
+    optimizer,
+    scheduler,
+    max_norm: float | None,
+    where: str,
+) -> float:
     "One step of training; returns the loss before it."
     optimizer.zero_grad()
     loss = objective(model, input, target)
@@ -158,11 +182,15 @@ def _step(model: nn.Module, input: Any, target: Tensor, objective: Callable, opt
         raise ValueError(f"objective gave {given}; allowed is a scalar tensor")
     value = loss.item()
     if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is {value} in {where}, and the parameters are still those from before this batch; "
-                                 "allowed are finite losses: lower the learning rate, set max_norm, or look at this batch")
+        raise FloatingPointError(
+            f"the loss is {value} in {where}, and the parameters are still those from before this batch; "
+            "allowed are finite losses: lower the learning rate, set max_norm, or look at this batch"
+        )
     loss.backward()
     if max_norm is not None:
-        nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], max_norm)
+        nn.utils.clip_grad_norm_(
+            [parameter for group in optimizer.param_groups for parameter in group["params"]], max_norm
+        )
     optimizer.step()
     if scheduler is not None:
         scheduler.step()
@@ -177,7 +205,9 @@ def _call(callbacks: Iterable, event: str, history: History) -> None:
             method(history)
 
 # %% ../../nbs/04_training/01_loop.ipynb #0f3a2e46
-def _epoch(history: History, epoch: int, loader: Iterable, device: torch.device, step: Callable, callbacks: Iterable, bar) -> float:
+def _epoch(
+    history: History, epoch: int, loader: Iterable, device: torch.device, step: Callable, callbacks: Iterable, bar
+) -> float:
     "Train on each batch once; returns the mean loss over the examples."
     total, count = 0.0, 0
     for number, (input, target) in enumerate(_batches(loader, device, "train_loader"), 1):
@@ -191,7 +221,16 @@ def _epoch(history: History, epoch: int, loader: Iterable, device: torch.device,
     return total / count
 
 # %% ../../nbs/04_training/01_loop.ipynb #d9c993c2
-def _run(history: History, epochs: int, model: nn.Module, train_loader: Iterable, valid_loader: Iterable | None, device: torch.device, step: Callable, callbacks: list) -> None:
+def _run(
+    history: History,
+    epochs: int,
+    model: nn.Module,
+    train_loader: Iterable,
+    valid_loader: Iterable | None,
+    device: torch.device,
+    step: Callable,
+    callbacks: list,
+) -> None:
     "The epochs: train, evaluate, add a row to `history`, call the callbacks."
     length = len(train_loader) if hasattr(train_loader, "__len__") else None
     silent = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")  # tqdm's notebook bar does not look by itself
@@ -209,7 +248,9 @@ def _run(history: History, epochs: int, model: nn.Module, train_loader: Iterable
                 return
 
 # %% ../../nbs/04_training/01_loop.ipynb #31875a34
-def _check_fit(model: nn.Module, epochs: int, optimizer, scheduler, max_norm: float | None, loaders: dict[str, Iterable]) -> None:
+def _check_fit(
+    model: nn.Module, epochs: int, optimizer, scheduler, max_norm: float | None, loaders: dict[str, Iterable]
+) -> None:
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs is {epochs!r}; allowed is an integer of at least 1")
     if max_norm is not None and not max_norm > 0:
@@ -220,12 +261,17 @@ def _check_fit(model: nn.Module, epochs: int, optimizer, scheduler, max_norm: fl
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     if not trained:
         raise ValueError("model has no parameter that requires a gradient; allowed is at least one")
-    if optimizer is not None and not any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):
+    steered = [] if optimizer is None else [each for group in optimizer.param_groups for each in group["params"]]
+    if optimizer is not None and not any(id(parameter) in trained for parameter in steered):
         raise ValueError("optimizer holds no trainable parameter of model; allowed is one made from model.parameters()")
     if scheduler is not None and scheduler.optimizer is not optimizer:
-        raise ValueError("scheduler belongs to another optimizer; allowed is one made for the optimizer that is given beside it")
+        raise ValueError(
+            "scheduler belongs to another optimizer; allowed is one made for the optimizer that is given beside it"
+        )
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise ValueError("scheduler is a ReduceLROnPlateau, which waits for a metric; allowed are those whose step() needs none")
+        raise ValueError(
+            "scheduler is a ReduceLROnPlateau, which waits for a metric; allowed are those whose step() needs none"
+        )
 
 # %% ../../nbs/04_training/01_loop.ipynb #6cd13832
 def fit(
@@ -234,29 +280,48 @@ def fit(
     valid_loader: Iterable | None = None,  # batches of the same kind, evaluated after each epoch
     *,
     epochs: int,  # how often to go through `train_loader`
-    optimizer: torch.optim.Optimizer | None = None,  # default: AdamW with learning rate 1e-3 on all trainable parameters
-    objective: Callable[[nn.Module, Any, Tensor], Tensor] | None = None,  # objective(model, input, target) → scalar; default `supervised(cross_entropy)`
+    optimizer: torch.optim.Optimizer | None = None,  # default: AdamW, rate 1e-3, on all trainable parameters
+    objective: Callable[[nn.Module, Any, Tensor], Tensor] | None = None,  # default: `supervised(cross_entropy)`
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,  # of `optimizer`; stepped after each batch
     callbacks: Iterable = (),  # objects with `on_batch_end(history)`, `on_epoch_end(history)`, or both
     max_norm: float | None = None,  # gradients together longer than this are scaled down to it
     device: torch.device | str | None = None,  # default `best_device()`
 ) -> History:
-    """Train `model`; the last weights stay, whichever were best. Ctrl-C ends the run with a warning and returns the history so far.
+    """Train `model`; the last weights stay, whichever were best.
 
-    Raises `ValueError` for arguments that cannot work, `FloatingPointError` for a loss that is not finite (its `history` holds what came before).
+    `objective(model, input, target)` gives a scalar. Ctrl-C ends the run with a warning and returns the history so far.
+
+    Raises `ValueError` for arguments that cannot work, `FloatingPointError` for a loss that is not finite
+    (its `history` holds what came before).
     """
     loaders = {"train_loader": train_loader} | ({} if valid_loader is None else {"valid_loader": valid_loader})
     _check_fit(model, epochs, optimizer, scheduler, max_norm, loaders)
-    device, callbacks, history = torch.device(device) if device is not None else best_device(), list(callbacks), History()
+    device, callbacks, history = (
+        torch.device(device) if device is not None else best_device(),
+        list(callbacks),
+        History(),
+    )
     model.to(device).train()
     if optimizer is None:
-        optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
-    step = functools.partial(_step, model, objective=objective or supervised(cross_entropy), optimizer=optimizer, scheduler=scheduler, max_norm=max_norm)
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3
+        )
+    step = functools.partial(
+        _step,
+        model,
+        objective=objective or supervised(cross_entropy),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        max_norm=max_norm,
+    )
     try:
         _run(history, epochs, model, train_loader, valid_loader, device, step, callbacks)
     except KeyboardInterrupt:
         history.interrupted = True
-        warnings.warn(f"fit was interrupted in epoch {len(history.rows) + 1} of {epochs}; the model keeps the weights it has", stacklevel=2)
+        warnings.warn(
+            f"fit was interrupted in epoch {len(history.rows) + 1} of {epochs}; the model keeps the weights it has",
+            stacklevel=2,
+        )
     except FloatingPointError as error:
         error.history = history
         raise
@@ -267,7 +332,10 @@ def draw_history(
     history: History,  # at least one epoch
     title: str = "Loss by epoch",  # a sentence that says what is to be seen
 ) -> Image:
-    "Training and validation loss by epoch, as a picture with alternative text. Raises `ValueError` for a history without an epoch."
+    """Training and validation loss by epoch, as a picture with alternative text.
+
+    Raises `ValueError` for a history without an epoch.
+    """
     if not history.rows:
         raise ValueError("history has no epoch; allowed is one of at least one epoch")
     frame = history.frame
@@ -277,13 +345,18 @@ def draw_history(
         if losses.notna().any():
             axes.plot(frame["epoch"], losses, color=color, label=name, marker="o", markersize=3)
     axes.set(xlabel="epoch", ylabel="loss (nats)", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     label_lines(axes)
     last = frame.iloc[-1]
-    return show(made, alt=f"Loss by epoch; after {last.epoch:.0f} epochs {last.train_loss:.3g} in training and {last.valid_loss:.3g} in validation.")
+    return show(made, alt=f"Loss by epoch; after {last.epoch:.0f} epochs {last.train_loss:.3g} in training and"
+                          f" {last.valid_loss:.3g} in validation.")
 
 # %% ../../nbs/04_training/01_loop.ipynb #8cdbbe7d
 class LiveCurve:
-    "A callback: the losses so far as a picture that is redrawn in its place in the notebook. Outside a notebook it draws nothing."
+    """A callback: the losses so far as a picture that is redrawn in its place in the notebook.
+
+    Outside a notebook it draws nothing.
+    """
 
     def __init__(
         self,
