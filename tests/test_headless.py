@@ -172,6 +172,13 @@ def test_a_file_that_is_no_notebook_is_a_bad_request(workshop, text):
 
 # --- runs
 
+def test_a_kernel_keeps_its_complaints_off_the_terminal(save, capfd):
+    name = save("import time; time.sleep(30)")
+    with pytest.raises(RunFailed) as failure:
+        run(name, out="out", timeout=1)
+    assert failure.value.run.status == "timeout" and "IPKernelApp" not in capfd.readouterr().err
+
+
 def test_memory_is_seen_however_short_the_run():
     watch = _Watch()
     with watch.memory(os.getpid()):

@@ -72,7 +72,7 @@ class _Watch:
     "What a run learns about its kernel while it lives: peak memory, device, and how it ended."
 
     def __init__(self):
-        self.peak, self.device, self.exit = 0, None, None
+        self.peak, self.device, self.exit, self.said = 0, None, None, ""
 
     @contextmanager
     def memory(self, pid: int | None):
@@ -101,14 +101,14 @@ _DEVICE = ("(lambda t: str(t.accelerator.current_accelerator()) if t and t.accel
            "(__import__('sys').modules.get('torch'))")
 
 
-def _engine(watch: _Watch, environment: dict[str, str]):
+def _engine(watch: _Watch, **process: Any):
     "papermill's own engine, watched; made for one run."
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
 
     class Client(PapermillNotebookClient):
         def execute(self, **kwargs):
-            return super().execute(env=environment, **kwargs)
+            return super().execute(**process, **kwargs)
 
         def papermill_execute_cells(self):
             with watch.memory(getattr(self.km.provisioner, "pid", None)):
@@ -159,7 +159,8 @@ def _execute(path: Path, values: dict, saver: _Saver, watch: _Watch, timeout: fl
     sockets = tempfile.mkdtemp(prefix="bm")  # short: a socket's path has room for 107 characters
     ipc = {"KernelManager": {"transport": "ipc", "ip": os.path.join(sockets, "k")}} if os.name == "posix" else {}
     key = f"bigmodel-{id(saver)}"
-    papermill_engines.register(key, _engine(watch, {**os.environ, "TQDM_DISABLE": "1"}))
+    said = open(os.path.join(sockets, "said"), "w+", errors="replace")  # what the kernel tells its terminal
+    papermill_engines.register(key, _engine(watch, env={**os.environ, "TQDM_DISABLE": "1"}, stderr=said))
     papermill_io.register(f"{key}://", saver)
     client = {
         "resources": {"metadata": {"path": str(saver.path.parent)}},
@@ -183,6 +184,9 @@ def _execute(path: Path, values: dict, saver: _Saver, watch: _Watch, timeout: fl
             (scheme, handler) for scheme, handler in papermill_io._handlers if handler is not saver
         ]
         papermill_engines._engines.pop(key, None)
+        said.seek(0)
+        watch.said = said.read().strip()
+        said.close()
         shutil.rmtree(sockets, ignore_errors=True)
 
 
@@ -223,7 +227,8 @@ def _verdict(
         return "killed", {"cell": title, "exception": name, "message": f"{title}: the kernel was ended{by}"}
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", {"cell": title, "exception": name, "message": f"{title}: interrupted"}
-    return "failed", {"cell": title, "exception": name, "message": f"{name}: {_sentence(error)}"}
+    said = f" ({watch.said.splitlines()[-1]})" if watch.said else ""  # such as why no kernel started
+    return "failed", {"cell": title, "exception": name, "message": f"{name}: {_sentence(error)}{said}"}
 
 # %% ../../nbs/10_headless/03_run.ipynb #5e27025e
 def _sentence(error: BaseException) -> str:
