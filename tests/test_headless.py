@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -181,7 +183,7 @@ def test_a_kernel_keeps_its_complaints_off_the_terminal(save, capfd):
 
 def test_memory_is_seen_however_short_the_run():
     watch = _Watch()
-    with watch.memory(os.getpid()):
+    with watch.over(os.getpid()):
         pass
     assert watch.peak > 1e6
 
@@ -247,10 +249,31 @@ def test_a_cell_that_takes_too_long_is_a_timeout(save):
     assert late.status == "timeout" and late.error["message"] == "cell 2: the cell took longer than 2 s" and late.seconds < 30
 
 
-def test_ctrl_c_is_an_interrupted_run(save):
+WAIT = "import pathlib, time; pathlib.Path('started').touch(); time.sleep(60)"
+STUBBORN = """
+import pathlib, time
+pathlib.Path('started').touch()
+for _ in range(600):
+    try:
+        time.sleep(0.1)
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal, even where the tests themselves were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("source", [WAIT, STUBBORN], ids=["sleeps", "catches the interrupt"])
+def test_ctrl_c_is_an_interrupted_run(save, interruptible, source):
     import _thread
 
-    name = save("import pathlib, time; pathlib.Path('started').touch(); time.sleep(60)")
+    name = save("'shown'", source, "'never'")
 
     def press():
         while not Path("out/started").exists():
@@ -260,6 +283,47 @@ def test_ctrl_c_is_an_interrupted_run(save):
     threading.Thread(target=press).start()
     stopped = ended(name)
     assert stopped.status == "interrupted" and stopped.seconds < 40
+    assert stopped.error["message"] == "cell 2: interrupted by SIGINT"
+    assert [cell.metadata.papermill.status for cell in nbformat.read(stopped.notebook, 4).cells] == ["completed", "failed", "pending"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the program's own handling is back"
+
+
+def command(name, ignored=None):
+    """`bigmodel run` as a terminal starts it, or with one signal ignored."""
+    handled = "".join(f"signal.signal({number:d}, signal.{'SIG_IGN' if number == ignored else 'SIG_DFL'}); "
+                      for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    start = handled.replace(f"({signal.SIGINT:d}, signal.SIG_DFL)", f"({signal.SIGINT:d}, signal.default_int_handler)")
+    code = f"import signal; {start}from bigmodel_nb.headless.cli import main; main()"
+    return [sys.executable, "-c", code, "run", name, "--out", "out"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_was_ignored_from_the_start_stays_ignored(save, ignored):
+    name = save(WAIT.replace("60", "3"))
+    with subprocess.Popen(command(name, ignored), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as runner:
+        while not Path("out/started").exists():
+            assert runner.poll() is None
+            threading.Event().wait(0.05)
+        runner.send_signal(ignored)
+        said, _ = runner.communicate(timeout=40)
+    assert (runner.returncode, json.loads(Path("out/metrics.json").read_text())["status"]) == (0, "ok"), said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_command_ends_the_kernel_and_leaves_a_record(save, number):
+    name = save("import os; open('kernel', 'w').write(str(os.getpid()))", WAIT)
+    with subprocess.Popen(command(name), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as runner:
+        while not Path("out/started").exists():
+            assert runner.poll() is None
+            threading.Event().wait(0.05)
+        runner.send_signal(number)
+        _, said = runner.communicate(timeout=40)
+    record = json.loads(Path("out/metrics.json").read_text())
+    assert (runner.returncode, record["status"]) == (130, "interrupted")
+    assert said.splitlines() == ["kept in out", f"bigmodel: interrupted: cell 2: interrupted by {number.name}"]
+    assert not psutil.pid_exists(int(Path("out/kernel").read_text()))
 
 
 def test_a_metric_that_json_cannot_hold_fails_where_it_is_recorded(save):
