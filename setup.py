@@ -45,7 +45,10 @@ setup(
     package_data={"bigmodel_nb": ["data/files/*"]},
     install_requires=lines("requirements"),
     extras_require={"dev": lines("dev_requirements")},
-    entry_points={"console_scripts": lines("console_scripts")},
+    entry_points={
+        "console_scripts": lines("console_scripts"),
+        "jupyter_client.kernel_provisioners": ["bigmodel-fork = bigmodel_nb.headless.kernel:ForkProvisioner"],
+    },
     cmdclass={"build_py": BuildWithNotebooks},
     zip_safe=False,
 )

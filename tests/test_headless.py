@@ -227,7 +227,7 @@ def test_a_failing_cell_keeps_what_came_before(save):
     name = save("from bigmodel_nb.kit.record import record\nrecord('before', 1)", new_markdown_cell("## The division"), "1 / 0", "record('after', 2)")
     failed = ended(name)
     assert failed.status == "failed" and failed.metrics == {"before": 1}
-    assert failed.error == {"cell": "cell 3 (The division)", "exception": "ZeroDivisionError",
+    assert failed.error == {"cell": 3, "title": "The division", "exception": "ZeroDivisionError",
                             "message": "cell 3 (The division): ZeroDivisionError: division by zero"}
     states = [cell.metadata.papermill.status for cell in nbformat.read(failed.notebook, 4).cells]
     assert states == ["completed", "completed", "failed", "pending"]
