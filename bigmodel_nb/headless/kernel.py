@@ -64,8 +64,10 @@ def _become_kernel(request: Mapping[str, Any], files: Sequence[int]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # Python's own generator does this by itself; torch starts from a constant
+    if "numpy" in sys.modules:  # each copy draws its own numbers; Python's own generator sees to that by itself
+        sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
     for name in [name for name in sys.modules if name.partition(".")[0] == "bigmodel_nb"]:
         del sys.modules[name]
     sys.argv = ["ipykernel_launcher", *request["argv"]]
@@ -175,14 +177,22 @@ class _Forked:
         self.send_signal(signal.SIGTERM)
 
 # %% ../../nbs/10_headless/03_kernel.ipynb #d50e27f0
+_PASSING = {"PWD", "OLDPWD", "SHLVL", "_", "PYTEST_CURRENT_TEST"}  # they change all the time; no library reads them
+
+
+def _lasting(environment: Mapping[str, str]) -> dict[str, str]:
+    "The part of an environment that a library may have read when it was imported."
+    return {name: value for name, value in environment.items() if name not in _PASSING}
+
+
 class Zygote:
     "A process that holds the imported libraries and forks kernels; it ends with the process that made it."
 
     def __init__(self, environment: Mapping[str, str]):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.environment, self.owner, self._socket, self._ready = dict(environment), os.getpid(), ours, False
+        self.environment, self.owner, self._socket, self._ready = _lasting(environment), os.getpid(), ours, False
         with theirs:
-            code = f"from bigmodel_nb.headless.kernel import serve; serve({theirs.fileno()})"
+            code = f"import sys; sys.path.remove('')\nfrom bigmodel_nb.headless.kernel import serve; serve({theirs.fileno()})"
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code], env=self.environment, pass_fds=[theirs.fileno()], start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -239,7 +249,7 @@ def warm(
     global _zygote
     if not can_fork():
         return None
-    wanted = dict(os.environ if environment is None else environment)
+    wanted = _lasting(os.environ if environment is None else environment)
     with _lock:
         if _zygote is None or not _zygote.alive() or _zygote.environment != wanted:
             cool()
