@@ -1,11 +1,15 @@
 """What every test stands on: no network, no hub, the same number of threads, the folder of real data."""
 import os
 import sys
+import time
+import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
 OFFLINE = Path(__file__).parent / "offline"
+MARK = os.environ["BIGMODEL_TESTS"] = str(uuid.uuid4())  # what these tests start inherits it
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(OFFLINE), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ["PYTHONWARNINGS"] = "ignore"  # of kernels that tests start; pytest has its own filter
@@ -16,6 +20,31 @@ if Path(sitecustomize.__file__).parent != OFFLINE:
     exec((OFFLINE / "sitecustomize.py").read_text(encoding="utf-8"))
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def started_here() -> list[psutil.Process]:
+    """The living processes that these tests started, wherever they are now in the tree of processes."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("BIGMODEL_TESTS") == MARK and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left():
+    """No kernel and no other process of ours survives the tests."""
+    yield
+    from bigmodel_nb.headless import kernel
+
+    kernel.cool()
+    end = time.monotonic() + 15
+    while (left := started_here()) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left, f"left behind: {[' '.join(process.cmdline())[:200] for process in left]}"
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from bigmodel_nb.headless.cli import CHECKS, app, copy_notebooks
 from bigmodel_nb.headless.parameters import (BadRequest, Parameter, catalogue, check_parameters, check_value, declaration, find_notebook,
                                              read_parameters, suggestion)
 from bigmodel_nb.headless.report import to_html
-from bigmodel_nb.headless.run import _Watch, RunFailed, run, write_atomic
+from bigmodel_nb.headless.run import _Watch, RunFailed, notebook_hash, read_run, run, write_atomic
 
 DECLARED = '''from pathlib import Path
 epsilon: float = 0.3  # radius
@@ -324,6 +325,139 @@ def test_a_signal_to_the_command_ends_the_kernel_and_leaves_a_record(save, numbe
     assert (runner.returncode, record["status"]) == (130, "interrupted")
     assert said.splitlines() == ["kept in out", f"bigmodel: interrupted: cell 2: interrupted by {number.name}"]
     assert not psutil.pid_exists(int(Path("out/kernel").read_text()))
+
+
+def test_a_runner_that_was_killed_leaves_a_record_that_can_be_told_as_stale(save):
+    name = save("import os; open('kernel', 'w').write(str(os.getpid()))", WAIT, "'never'")
+    with subprocess.Popen(command(name), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as runner:
+        while not Path("out/started").exists():
+            assert runner.poll() is None
+            threading.Event().wait(0.05)
+        alive = read_run("out")
+        assert (alive.status, alive.stale, alive.record["pid"]) == ("running", False, runner.pid)
+        runner.kill()
+    left = read_run("out")
+    assert left.status == "running" and left.stale
+    states = [cell.metadata.papermill.status for cell in nbformat.read(left.notebook, 4).cells]
+    assert states[0] == "completed" and "completed" not in states[1:]
+    assert all(json.loads(path.read_text()) for pattern in ("*.json", "*.ipynb") for path in Path("out").glob(pattern))
+    kernel = int(Path("out/kernel").read_text())
+    for _ in range(200):
+        if not psutil.pid_exists(kernel):
+            break
+        threading.Event().wait(0.05)
+    assert not psutil.pid_exists(kernel), "the kernel follows its runner"
+
+
+def test_a_record_of_another_machine_is_not_called_stale(save):
+    done = run(save("1"), out="out")
+    record = {**done.record, "status": "running", "pid": 1, "process_started": 0.0, "host": "elsewhere"}
+    Path("out/metrics.json").write_text(json.dumps(record))
+    assert not read_run("out").stale
+    Path("out/metrics.json").write_text(json.dumps({**record, "host": socket.gethostname()}))
+    assert read_run("out").stale, "process 1 did not start then: the number is used again"
+
+
+def test_a_run_read_back_is_the_run_that_ended(save):
+    done = run(save("from bigmodel_nb.kit.record import record\nrecord('n', n)", parameters="n: int = 1  # a number"), out="out", n=4)
+    assert read_run("out") == done
+    failed = run_that_fails(save("1 / 0", name="bad.ipynb"), "bad")
+    assert read_run("bad") == failed
+
+
+def run_that_fails(name, out):
+    with pytest.raises(RunFailed) as caught:
+        run(name, out=out)
+    return caught.value.run
+
+
+def test_what_is_no_run_is_told_in_a_sentence(workshop):
+    with pytest.raises(FileNotFoundError, match="which holds no run: metrics.json is not there"):
+        read_run("gone")
+    Path("metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match="whose metrics.json is no run's: 'status'"):
+        read_run(".")
+
+
+def test_two_runs_into_one_folder_cannot_both_begin(save):
+    name, ends = save("1"), []
+
+    def start():
+        try:
+            ends.append(run(name, out="out").status)
+        except BadRequest as error:
+            ends.append(str(error))
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(ends) == ["ok"] + ["out is 'out', which already holds a run; allowed is a new folder"] * 5
+    assert read_run("out").status == "ok"
+    assert sorted(path.name for path in Path("out").iterdir()) == ["metrics.json", "notebook.ipynb", "report.html"]
+
+
+def test_the_record_says_what_each_cell_cost(save):
+    done = run(save(new_markdown_cell("## Much"), "import time; x = bytearray(300_000_000); x[::4096] = x[::4096]; del x; time.sleep(0.3)", "1"), out="out")
+    much, little = done.record["cells"]
+    assert (much["cell"], much["title"], much["status"]) == (2, "Much", "completed") and (little["cell"], little["status"]) == (3, "completed")
+    assert 0.3 <= much["seconds"] < 20 and little["seconds"] < much["seconds"]
+    assert much["peak_memory_mb"] > 300, "however short, the peak is seen"
+    if sys.platform == "linux":
+        assert little["peak_memory_mb"] < much["peak_memory_mb"] - 200, "each cell has its own peak"
+    assert done.peak_memory == max(row["peak_memory_mb"] for row in done.record["cells"])
+
+
+def test_the_record_says_what_a_result_depends_on(save):
+    first = run(save("1", parameters="n: int = 1  # a number\nseed: int = 3  # of all"), out="a").record
+    assert first["git"] is None and first["seed"] == 3 and {"python", "torch", "bigmodel_nb"} <= set(first["versions"])
+    assert first["notebook_hash"] == run("mine.ipynb", out="b", n=2).record["notebook_hash"]
+    shutil.copy("b/notebook.ipynb", "executed.ipynb")
+    assert first["notebook_hash"] != notebook_hash(save("2", parameters="n: int = 1  # a number\nseed: int = 3  # of all", name="other.ipynb"))
+    for words in (["init", "-q"], ["add", "mine.ipynb"], ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert run("mine.ipynb", out="c").record["git"] == {"commit": head, "modified": False}
+    save("3")
+    assert run("mine.ipynb", out="d").record["git"] == {"commit": head, "modified": True}
+    assert run("other.ipynb", out="e").record["git"] is None, "not part of the repository"
+
+
+LITTLE = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3_000_000_000, 3_000_000_000))"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit that Linux keeps")
+@pytest.mark.parametrize("source, exception", [("x = bytearray(8_000_000_000)", "MemoryError"), ("import numpy; numpy.ones(10**9)", "MemoryError"),
+                                               ("raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory')", "RuntimeError")])
+def test_want_of_memory_is_named(save, source, exception):
+    short = ended(save(LITTLE, source))
+    assert short.status == "failed" and short.error["exception"] == exception and short.error["message"].endswith("(out of memory)")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit that Linux keeps")
+def test_a_kernel_that_dies_for_want_of_memory_is_named(save):
+    source = "import os, sys; sys.__stderr__.write(\"terminate called after throwing an instance of 'std::bad_alloc'\\n\"); sys.__stderr__.flush(); os.abort()"
+    died = ended(save(source))
+    assert died.status == "killed" and died.error["message"] == "cell 1: the kernel was ended by signal 6: out of memory"
+
+
+def test_scrapbook_reads_what_a_run_recorded(save):
+    scrapbook = pytest.importorskip("scrapbook")
+    done = run(save("from bigmodel_nb.kit.record import record\nrecord('loss', 0.5)\nrecord('sizes', [1, 2])", parameters="n: int = 1  # a number"), out="out", n=3)
+    theirs = scrapbook.read_notebook(str(done.notebook))
+    assert theirs.scraps.data_dict == done.metrics == {"loss": 0.5, "sizes": [1, 2]} and theirs.parameters["n"] == 3
+
+
+def test_text_from_data_is_escaped_in_the_report(save):
+    nasty = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    done = run(save(new_markdown_cell("# Data"), "import pandas\npandas.DataFrame({'text': [text]})", "print(text)", "text",
+                    "from bigmodel_nb.kit.record import record\nrecord('text', text)", "from bigmodel_nb.kit.plots import table\ntable(pandas.DataFrame({'text': [text]}))",
+                    parameters="text: str = ''  # of the data"), out="out", text=nasty)
+    page = done.report.read_text()
+    assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") >= 5
+    failed = run_that_fails(save(f"raise ValueError({nasty!r})", name="bad.ipynb"), "bad")
+    assert "<script" not in failed.report.read_text()
 
 
 def test_a_metric_that_json_cannot_hold_fails_where_it_is_recorded(save):
