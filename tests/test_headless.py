@@ -424,7 +424,11 @@ def test_the_record_says_what_a_result_depends_on(save):
     assert run("other.ipynb", out="e").record["git"] is None, "not part of the repository"
 
 
-LITTLE = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3_000_000_000, 3_000_000_000))"
+LITTLE = """
+import resource
+held = 4096 * int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (held + 1_000_000_000, held + 1_000_000_000))
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit that Linux keeps")
