@@ -192,7 +192,8 @@ class Zygote:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.environment, self.owner, self._socket, self._ready = _lasting(environment), os.getpid(), ours, False
         with theirs:
-            code = f"import sys; sys.path.remove('')\nfrom bigmodel_nb.headless.kernel import serve; serve({theirs.fileno()})"
+            module = "import sys; sys.path.remove('')\nfrom bigmodel_nb.headless.kernel import serve"
+            code = f"{module}; serve({theirs.fileno()})"
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code], env=self.environment, pass_fds=[theirs.fileno()], start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .parameters import BadRequest, Declaration, catalogue, check_parameters, declaration
 from .report import page
-from .run import RunFailed, _versions, notebook_hash, read_run, run, write_atomic
+from .run import RunFailed, library_versions, notebook_hash, read_run, run, write_atomic
 from ..kit.plots import COLORS, figure
 
 # %% ../../nbs/10_headless/05_sweep.ipynb #75f3243d
@@ -129,7 +129,7 @@ def fingerprint(
 ) -> str:
     "A name for a run that changes with anything the run depends on: 16 hexadecimal digits."
     files = {name: _contents(Path(value)) for name, value in parameters.items() if _is_file(value)}
-    depends = [notebook_hash(declared.path), dict(parameters), _versions().get("bigmodel_nb"), files]
+    depends = [notebook_hash(declared.path), dict(parameters), library_versions().get("bigmodel_nb"), files]
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -382,7 +382,7 @@ class _Board:
         rows = [_row(self.points[key], record, self.folder / key) for key, record in self.records.items()]
         return _write(self.folder, self.title, rows, self.swept, list(next(iter(self.points.values()))))
 
-
+# %% ../../nbs/10_headless/05_sweep.ipynb #61e51e3c
 def _work(
     board: _Board, name: str, workers: int, scheduler: str | None, retries: int, timeout: float | None, progress: bool
 ) -> None:
