@@ -184,7 +184,7 @@ def _lasting(environment: Mapping[str, str]) -> dict[str, str]:
     "The part of an environment that a library may have read when it was imported."
     return {name: value for name, value in environment.items() if name not in _PASSING}
 
-
+# %% ../../nbs/10_headless/03_kernel.ipynb #0c2a3ff1
 class Zygote:
     "A process that holds the imported libraries and forks kernels; it ends with the process that made it."
 

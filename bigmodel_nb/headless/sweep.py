@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from .parameters import BadRequest, Declaration, catalogue, check_parameters, declaration
@@ -229,7 +231,7 @@ def draw_sweep(
     table: pd.DataFrame,  # of a sweep
     metric: str,  # a column of numbers
     swept: Sequence[str],  # the parameters that were varied
-):
+) -> tuple[Figure, Axes]:
     "`metric` over the parameter with most values, a line for each choice of the others, with intervals over seeds."
     good = table[table["status"] == "ok"].dropna(subset=[metric])
     others = [name for name in swept if name != "seed"]
