@@ -53,8 +53,11 @@ class Range:
             raise BadRequest(said)
         return list(range(self.low, self.high + 1))
 
-    def at(self, share: float) -> float:
-        "The number at a share between 0 and 1 of the way."
+    def at(
+        self,
+        share: float,  # between 0 and 1, of the way from `low` to `high`
+    ) -> float:
+        "The number that lies there."
         whole = isinstance(self.low, int) and isinstance(self.high, int)
         low, high = (self.low, self.high + 1) if whole else (self.low, self.high)
         value = low * (high / low) ** share if self.log else low + share * (high - low)

@@ -1,0 +1,104 @@
+"""Chapter 10: sweeps. Points, one table, resuming, the death of a worker."""
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from bigmodel_nb.headless.parameters import BadRequest
+from bigmodel_nb.headless.sweep import Range, grid_points, mean_interval, parse_values, sampled_points, sweep
+
+PARAMETERS = "n: int = 1  # a number\nseed: int = 0  # of all\ndata: str = ''  # a file"
+BODY = "from bigmodel_nb.kit.record import record\nopen('ran', 'w').close()\nrecord('share', seed + 1 / n)"
+
+
+@pytest.fixture
+def save(workshop):
+    def write(body=BODY):
+        cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(body)]
+        nbformat.write(new_notebook(cells=cells), "mine.ipynb")
+        return "mine.ipynb"
+
+    return write
+
+
+def stamps(out="out"):
+    return {path.parent.name: path.stat().st_mtime_ns for path in Path(out).glob("*/ran")}
+
+
+def test_points():
+    assert grid_points({"a": [1, 2], "b": Range(0, 1), "c": "x"}) == [{"a": a, "b": b, "c": "x"} for a in (1, 2) for b in (0, 1)]
+    drawn = sampled_points({"a": Range(0.0, 1.0), "b": Range(1, 10)}, 10, "latin", 3)
+    assert sorted(int(10 * point["a"]) for point in drawn) == list(range(10)) and sorted(point["b"] for point in drawn) == list(range(1, 11))
+    assert drawn == sampled_points({"a": Range(0.0, 1.0), "b": Range(1, 10)}, 10, "latin", 3)
+    assert (parse_values("0..4"), parse_values("1e-5..1e-3"), parse_values("a,b")) == (Range(0, 4), Range(1e-5, 1e-3), ["a", "b"])
+    assert parse_values({"low": 1e-5, "high": 1, "log": True}) == Range(1e-5, 1, True)
+
+
+@pytest.mark.parametrize("grid, said", [({"n": Range(0.0, 1.0)}, "has endless values"), ({"m": [1]}, "unknown parameter 'm'"), ({"n": ["x"]}, "n is 'x'; it needs an integer"),
+                                        ({"n": []}, "grid has 0 points")])
+def test_a_bad_grid_writes_nothing(save, grid, said):
+    with pytest.raises(BadRequest, match=said):
+        sweep(save(), grid, out="out")
+    assert not Path("out").exists()
+
+
+def test_a_range_is_checked():
+    with pytest.raises(BadRequest, match="the lower one first"):
+        Range(2, 1)
+    with pytest.raises(BadRequest, match="allowed is a number above 0"):
+        Range(0, 1, log=True)
+
+
+def test_intervals_of_one_value_are_unknown():
+    assert mean_interval([2.0])[0] == 2.0 and pd.isna(mean_interval([2.0])[1])
+
+
+def test_a_sweep_makes_one_table_and_runs_only_what_is_new(save):
+    name = save()
+    table = sweep(name, {"n": [0, 1, 2], "seed": Range(0, 1)}, out="out")
+    assert list(table.columns) == ["n", "seed", "data", "share", "status", "seconds", "error", "folder"]
+    assert list(table.status) == ["failed"] * 2 + ["ok"] * 4 and list(table.share)[2:] == [1, 2, 0.5, 1.5]
+    assert "ZeroDivisionError" in table.error[0]
+    pd.testing.assert_frame_equal(pd.read_csv("out/sweep.csv", keep_default_na=False, na_values=[""])[["n", "share", "status"]], table[["n", "share", "status"]])
+    page = Path("out/sweep.html").read_text()
+    assert page.count("<img") == 2 and "4 ok, 2 failed" in page and "http" not in page.replace("http://www.w3.org", "")
+    before = stamps()
+    sweep(name, {"n": [1, 2, 4], "seed": Range(0, 1)}, out="out")
+    after = stamps()
+    assert {key for key in after if after[key] != before.get(key)} == set(after) - set(before) and len(after) == len(before) + 2
+    sweep(name, {"n": 1}, out="out", again=True)
+    assert sum(stamps()[key] != after[key] for key in after) == 1, "again forces"
+
+
+def test_a_changed_notebook_or_data_file_runs_again(save):
+    Path("data.csv").write_text("1")
+    grid = {"data": str(Path("data.csv").absolute())}
+    folders = [sweep(save(), grid, out="out").folder[0]]
+    Path("data.csv").write_text("2")
+    folders.append(sweep("mine.ipynb", grid, out="out").folder[0])
+    folders.append(sweep(save(BODY + " + 1"), grid, out="out").folder[0])
+    assert len(set(folders)) == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
+def test_the_death_of_a_worker_loses_no_run(save):
+    name = save("from bigmodel_nb.kit.record import record\nimport os, time\ntime.sleep(2)\nrecord('parent', os.getppid())")
+
+    def murder():
+        while not list(Path("out").glob("*/notebook.ipynb")):
+            time.sleep(0.05)
+        kernels = [each for each in psutil.Process().children(recursive=True) if "ipykernel_launcher" in " ".join(each.cmdline())]
+        psutil.Process(kernels[0].ppid()).send_signal(signal.SIGKILL)
+
+    thread = threading.Thread(target=murder)
+    thread.start()
+    table = sweep(name, {"n": [1, 2, 3, 4]}, out="out")
+    thread.join()
+    assert list(table.status) == ["ok"] * 4
