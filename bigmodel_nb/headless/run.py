@@ -136,7 +136,7 @@ class _Meter:
         "Time and memory of one cell."
         start = time.perf_counter()
         self.cell, self.cells[index] = index, {"seconds": 0.0, "peak_memory_mb": 0}
-        with suppress(OSError, TypeError):
+        with suppress(OSError):
             Path(f"/proc/{self.pid}/clear_refs").write_text("5")  # proc(5): the high-water mark starts anew
         try:
             yield

@@ -15,8 +15,9 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def _draw(values: Any, share: float) -> Any:
     choices = _choices(values)
     return choices[min(int(share * len(choices)), len(choices) - 1)]
 
-# %% ../../nbs/10_headless/05_sweep.ipynb #a8c7053a
+# %% ../../nbs/10_headless/05_sweep.ipynb #2d07b179
 def parse_values(
     given: Any,  # "0.1,0.2" a list, "0..4" a range, or what YAML made of it: a list, a mapping of low, high, log
 ) -> Any:  # a list, a `Range`, or the value
@@ -124,9 +125,6 @@ def _number(value: Any) -> float:
     except ValueError:
         return float(value)
 
-
-{text: parse_values(text) for text in ("0.1,0.2", "0..4", "adam")}
-
 # %% ../../nbs/10_headless/05_sweep.ipynb #b7b7f5eb
 def fingerprint(
     declared: Declaration,  # the notebook
@@ -144,11 +142,17 @@ def _is_file(value: Any) -> bool:
     return False
 
 
+@lru_cache(maxsize=256)
+def _digest(path: Path, size: int, time: int) -> str:
+    "SHA-256 of a file; read once for all points of a sweep, as long as its size and time stay."
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _contents(path: Path) -> str:
     "A digest of a file; of a folder: the names, sizes and times of its files."
     if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _digest(path, path.stat().st_size, path.stat().st_mtime_ns)
     seen = [(str(each.relative_to(path)), each.stat().st_size, each.stat().st_mtime_ns)
             for each in sorted(path.rglob("*")) if each.is_file()]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
@@ -179,14 +183,15 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
         raise BadRequest("a sweep needs Dask; pip install 'bigmodel_nb[cluster]'") from None
     if scheduler:
         try:
-            with Client(scheduler, timeout=10) as client:
-                yield client
+            client = Client(scheduler, timeout=10)
         except (OSError, ValueError) as error:
             raise BadRequest(f"scheduler is {scheduler!r}, which does not answer: {error}") from None
+        with client:
+            yield client
         return
-    quiet = {"distributed.worker.daemon": True, "distributed.scheduler.allowed-failures": 5}
     local = dict(threads_per_worker=1, memory_limit=0, dashboard_address=None, silence_logs=50)
-    with config.set(quiet), LocalCluster(n_workers=workers, **local) as cluster, Client(cluster) as client:
+    patient = config.set({"distributed.scheduler.allowed-failures": 5})  # deaths of workers that one run may meet
+    with patient, LocalCluster(n_workers=workers, **local) as cluster, Client(cluster) as client:
         yield client
 
 # %% ../../nbs/10_headless/05_sweep.ipynb #9de09aa0
@@ -240,15 +245,19 @@ def draw_sweep(
     others = [name for name in swept if name != "seed"]
     order = {name: (pd.api.types.is_numeric_dtype(good[name]), good[name].nunique()) for name in others}
     across = max(others, key=order.get, default="seed")
-    lines = [name for name in others if name != across]
+    rest = [name for name in others if name != across]
+    lines = [name for name in rest if good[name].nunique() <= 6]  # so many can be told apart
     title = f"{metric} over {across}" + (f", by {', '.join(lines)}" if lines else "")
     made, axes = figure(title, height=2.8, grid=True)
     colors = itertools.cycle(COLORS.values())
-    for choice, part in good.groupby(lines) if lines else [((), good)]:
-        means = {x: mean_interval(group[metric].astype(float)) for x, group in part.groupby(across)}
-        color, x = next(colors), list(means)
-        middle, half = np.array(list(means.values())).T if means else (np.zeros(0), np.zeros(0))
-        axes.plot(x, middle, "o-", markersize=4, color=color, label=", ".join(map(str, np.atleast_1d(choice))))
+    for choice, part in good.groupby(lines, dropna=False) if lines else [((), good)]:
+        color, name = next(colors), ", ".join(map(str, np.atleast_1d(choice)))
+        if lines != rest:  # points that also differ in what is not drawn
+            axes.plot(part[across], part[metric], "o", markersize=4, color=color, label=name)
+            continue
+        x, groups = zip(*part.groupby(across))
+        middle, half = np.array([mean_interval(group[metric].astype(float)) for group in groups]).T
+        axes.plot(x, middle, "o-", markersize=4, color=color, label=name)
         if not np.isnan(half).all() and pd.api.types.is_numeric_dtype(good[across]):
             axes.fill_between(x, middle - half, middle + half, color=color, alpha=0.2, linewidth=0)
     axes.set(xlabel=across, ylabel=metric)
@@ -279,7 +288,7 @@ def _write(
     metrics = [column for column in table.columns if column not in (*parameters, "status", "error", "folder")]
     plain = [column for column in metrics if not column.endswith(("_low", "_high", "_n"))]
     numeric = [column for column in plain if pd.api.types.is_numeric_dtype(good[column]) and good[column].notna().any()]
-    plots = [_picture(table, metric, swept) for metric in numeric]
+    plots = [_picture(table, metric, swept) for metric in numeric if swept]
     counts = ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
     columns = [*swept, *plain, "status", "error", "folder"]
     shown = table[columns].to_html(index=False, border=0, float_format="%.4g", na_rep="")
@@ -351,21 +360,25 @@ def sweep(
     workers import the script.
     """
     declared = declaration(name)
-    name = name if name in catalogue() else str(Path(declared.path).absolute())
+    known = name in catalogue()
+    place = Path("runs") / (name if known else declared.path.stem) / "sweep" if out is None else Path(out)
+    folder, name = place.expanduser().absolute(), name if known else str(declared.path.absolute())
     drawn = grid_points(grid) if samples is None else sampled_points(grid, samples, method, seed)
     points = _checked(declared, drawn)
     unique = {fingerprint(declared, point): point for point in points}
     if not unique or workers < 1:
         raise BadRequest(f"grid has {len(unique)} points, workers is {workers}; allowed is 1 or more of each")
-    folder = Path(out if out is not None else Path("runs") / Path(name).stem / "sweep").expanduser().absolute()
-    if out is None and name in catalogue():
-        folder = (Path("runs") / name / "sweep").absolute()
-    with _alone(folder):
-        board = _Board(folder, declared.title, list(grid), unique)
-        for key in [] if again else unique:
-            board.set(key, _finished(folder / key))
+    board = _Board(folder, declared.title, list(grid), unique)
+    for key in [] if again else unique:
+        board.set(key, _finished(folder / key))
+    waiting = board.open()
+    with _cluster(min(workers, len(waiting)), scheduler) if waiting else nullcontext() as client, _alone(folder):
         board.write()
-        _work(board, name, workers, scheduler, retries, timeout, progress)
+        tasks = {}
+        for key in waiting:
+            work = (name, board.points[key], str(folder / key), timeout)
+            tasks[client.submit(_one, *work, retries=retries, pure=False)] = key
+        _collect(board, tasks, progress)
         return board.write()
 
 # %% ../../nbs/10_headless/05_sweep.ipynb #5cb9bd68
@@ -388,30 +401,20 @@ class _Board:
         return _write(self.folder, self.title, rows, self.swept, list(next(iter(self.points.values()))))
 
 # %% ../../nbs/10_headless/05_sweep.ipynb #61e51e3c
-def _work(
-    board: _Board, name: str, workers: int, scheduler: str | None, retries: int, timeout: float | None, progress: bool
-) -> None:
-    "Hand out the open runs and note how each ended; on Ctrl-C note which were not finished."
-    waiting = board.open()
-    if not waiting:
+def _collect(board: _Board, tasks: Mapping[Any, str], progress: bool) -> None:
+    "Note how each run ended, as they end; on Ctrl-C note which were not finished."
+    if not tasks:
         return
-    with _cluster(min(workers, len(waiting)), scheduler) as client:
-        from distributed import as_completed
+    from distributed import as_completed
 
-        tasks = {}
-        for key in waiting:
-            work = (name, board.points[key], str(board.folder / key), timeout)
-            tasks[client.submit(_one, *work, retries=retries, pure=False)] = key
-        try:
-            bar = tqdm(as_completed(tasks), total=len(tasks), desc=board.title, disable=not progress)
-            for task in bar:
-                board.set(tasks[task], _ended(task, board.folder / tasks[task]))
-                board.write()
-        finally:
-            for key in board.open():
-                board.set(key, {"status": "interrupted"})
-            client.cancel(list(tasks), force=True)
+    try:
+        for task in tqdm(as_completed(tasks), total=len(tasks), desc=board.title, disable=not progress):
+            board.set(tasks[task], _ended(task, board.folder / tasks[task]))
             board.write()
+    finally:
+        for key in board.open():
+            board.set(key, {"status": "interrupted"})
+        board.write()
 
 
 def _ended(task: Any, folder: Path) -> dict[str, Any]:
