@@ -1,6 +1,8 @@
 """Chapter 10: sweeps. Points, one table, resuming, the death of a worker."""
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -102,3 +104,53 @@ def test_the_death_of_a_worker_loses_no_run(save):
     table = sweep(name, {"n": [1, 2, 3, 4]}, out="out")
     thread.join()
     assert list(table.status) == ["ok"] * 4
+
+
+SCRIPT = """
+import signal
+import subprocess
+import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from bigmodel_nb.headless.sweep import sweep
+if __name__ == "__main__":
+    sweep("mine.ipynb", {"n": [1, 2, 3, 4, 5, 6]}, out="out")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
+def test_a_sweep_that_was_interrupted_goes_on_where_it_stopped(save):
+    name = save(BODY + "\nimport time\ntime.sleep(1)")
+    Path("script.py").write_text(SCRIPT)
+    with subprocess.Popen([sys.executable, "script.py"], start_new_session=True, stderr=subprocess.DEVNULL) as sweeper:
+        while len(list(Path("out").glob("*/report.html"))) < 2:
+            assert sweeper.poll() is None
+            time.sleep(0.05)
+        os.killpg(sweeper.pid, signal.SIGINT)
+    assert sweeper.returncode != 0
+    stopped = pd.read_csv("out/sweep.csv")
+    assert len(stopped) == 6 and set(stopped.status) == {"ok", "interrupted"} and Path("out/sweep.html").read_text().endswith("</html>")
+    before = {path.parent.name: path.stat().st_mtime_ns for path in Path("out").glob("*/report.html")}
+    resumed = sweep(name, {"n": [1, 2, 3, 4, 5, 6]}, out="out")
+    assert list(resumed.status) == ["ok"] * 6
+    after = {path.parent.name: path.stat().st_mtime_ns for path in Path("out").glob("*/report.html")}
+    assert before and all(after[key] == before[key] for key in before), "what was done is not done again"
+
+
+def test_a_scheduler_that_does_not_answer_writes_nothing(save):
+    with pytest.raises(BadRequest, match="scheduler is 'tcp://127.0.0.1:9', which does not answer"):
+        sweep(save(), {"n": [1]}, scheduler="tcp://127.0.0.1:9", out="out")
+    assert not Path("out").exists()
+
+
+def test_a_sweep_on_a_scheduler_at_an_address(save):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, memory_limit=0) as cluster:
+        assert list(sweep(save(), {"n": [1, 2]}, scheduler=cluster.scheduler_address, out="out").status) == ["ok", "ok"]
+
+
+def test_two_sweeps_in_one_folder_cannot_both_work(save):
+    from bigmodel_nb.headless.sweep import _alone
+
+    with _alone(Path("out").absolute()), pytest.raises(BadRequest, match="where another sweep is at work"):
+        sweep(save(), {"n": [1]}, out="out")
