@@ -603,6 +603,12 @@ def test_report_shows_outputs_and_alternative_text():
     (["run", "kit/record", "-p", "budget", "fast"], "budget is 'fast'; allowed are 'quick', 'full'"),
     (["run", "kit/record", "-p", "seed", "1", "-p", "seed", "2"], "parameter 'seed' is given twice"),
     (["run", "kit/record", "-p", "seed"], "parameter 'seed' comes without a value"),
+    (["run", "kit/record", "-f", "gone.yaml"], "file is 'gone.yaml', which cannot be read: No such file or directory"),
+    (["run", "kit/record", "--budget", "fast"], "budget is 'fast'; allowed are 'quick', 'full'"),
+    (["sweep", "turo"], "did you mean 'tour'"), (["sweep", "kit/record", "-g", "throws"], "grid is 'throws'; allowed is NAME=VALUES"),
+    (["sweep", "kit/record", "-g", "throws=0.1..0.5"], "has endless values"), (["sweep", "kit/record", "-g", "throws=1,lots"], "throws is 'lots'; it needs an integer"),
+    (["sweep", "kit/record", "-g", "seed=1", "-g", "seed=2"], "parameter 'seed' is given twice"),
+    (["sweep", "kit/record", "--latin", "2", "--random", "2"], "allowed is one of them"),
     (["run", "gone.ipynb"], "there is no notebook file 'gone.ipynb'")])
 def test_a_bad_request_is_one_sentence_and_exit_code_2(workshop, words, said):
     code, output = bigmodel(*words)
@@ -665,3 +671,57 @@ def test_command_is_quick_to_ask():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+
+
+def test_parameters_come_from_a_file_and_the_command_goes_before_it(save):
+    save("from bigmodel_nb.kit.record import record\nrecord('all', [n, rate, name])", parameters="n: int = 1  # a\nrate: float = 0.5  # b\nname: str = 'x'  # c")
+    Path("values.yaml").write_text("n: 5\nrate: 1e-3\nname: y\n")
+    code, said = bigmodel("run", "mine.ipynb", "-f", "values.yaml", "-p", "n", "7", "--out", "out", "--json")
+    record = json.loads(said)
+    assert code == 0 and record["metrics"] == {"all": [7, 0.001, "y"]} and record == json.loads(Path("out/metrics.json").read_text())
+    for text, why in (("[1, 2]", "which holds no names with values"), ("a: [", "which is no YAML"), ("n: true", "n is True; it needs an integer")):
+        Path("values.yaml").write_text(text)
+        code, said = bigmodel("run", "mine.ipynb", "-f", "values.yaml", "--out", "other")
+        assert code == 2 and why in said and len(said.splitlines()) == 1 and not Path("other").exists()
+
+
+def test_the_record_of_a_failed_run_goes_to_stdout_too(save):
+    save("1 / 0")
+    done = subprocess.run([sys.executable, "-c", "from bigmodel_nb.headless.cli import main; main()", "run", "mine.ipynb", "--out", "out", "--json"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and json.loads(done.stdout)["status"] == "failed" and "ZeroDivisionError" in done.stderr
+    assert "\x1b" not in done.stderr, "no colour outside a terminal"
+
+
+def test_show_tells_of_a_run_how_it_ended(save):
+    run(save("from bigmodel_nb.kit.record import record\nrecord('n', 3)"), out="out")
+    assert bigmodel("show", "out")[1].splitlines()[:2] == ["mine.ipynb: ok", "n: 3"]
+    run_that_fails(save("1 / 0"), "bad")
+    assert "failed, cell 1: ZeroDivisionError: division by zero" in bigmodel("show", "bad")[1]
+    record = json.loads(Path("out/metrics.json").read_text())
+    Path("out/metrics.json").write_text(json.dumps({**record, "status": "running", "pid": 1, "process_started": 0.0, "host": socket.gethostname()}))
+    assert "its process is gone" in bigmodel("show", "out")[1]
+
+
+def test_the_report_is_opened_where_asked(save, monkeypatch):
+    opened = []
+    monkeypatch.setattr("typer.launch", lambda address: opened.append(address))
+    assert bigmodel("run", save("1"), "--out", "out", "--open")[0] == 0
+    assert opened == [Path("out/report.html").absolute().as_uri()]
+
+
+def test_the_command_sweeps(save):
+    save("from bigmodel_nb.kit.record import record\nrecord('share', 1 / n)", parameters="n: int = 1  # a")
+    Path("grid.yaml").write_text("n: [5, 6]\n")
+    code, said = bigmodel("sweep", "mine.ipynb", "-f", "grid.yaml", "-g", "n=0..2", "-q")
+    assert code == 1 and said == "runs/mine/sweep/sweep.html", "one point divides by zero"
+    assert Path("runs/mine/sweep/sweep.csv").read_text().count("\n") == 4
+    code, said = bigmodel("sweep", "mine.ipynb", "-g", "n=1..40", "--latin", "2", "--out", "drawn")
+    assert code == 0 and len(said.splitlines()) == 4
+
+
+def test_names_are_completed():
+    from bigmodel_nb.headless.cli import _names
+
+    assert "robust/attacks" in _names("rob") and not _names("x")
+    assert all(declaration(name).gpu for name in catalogue() if name != "index"), "what changes on a GPU"

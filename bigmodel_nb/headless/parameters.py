@@ -208,7 +208,7 @@ def check_value(
 def check_parameters(
     declared: Mapping[str, Parameter],  # what `read_parameters` found
     given: Mapping[str, Any],  # wanted values by name
-    text: bool = False,  # the values are text of a terminal
+    text: bool = False,  # a value that is text is read as a terminal's: "3" where an integer is wanted
 ) -> dict[str, Any]:  # the checked values of `given`, in its order
     "Check names and values. Raises `BadRequest`, one sentence, at the first that does not fit."
     for name in given:
@@ -218,7 +218,7 @@ def check_parameters(
             )
         if name not in declared:
             raise BadRequest(f"unknown parameter {name!r}" + suggestion(name, list(declared), "it takes"))
-    return {name: check_value(declared[name], value, text) for name, value in given.items()}
+    return {name: check_value(declared[name], value, text and isinstance(value, str)) for name, value in given.items()}
 
 # %% ../../nbs/10_headless/01_parameters.ipynb #77c2a0cf
 def suggestion(
@@ -270,6 +270,7 @@ class Declaration:
     title: str  # its first heading
     promise: str  # the `>` sentence under the heading
     cost: str  # what the last committed run measured, as a sentence; empty where none did
+    gpu: str  # what changes on a GPU, as the end of a sentence; empty where nothing is said
     parameters: dict[str, Parameter]  # by name
 
 # %% ../../nbs/10_headless/01_parameters.ipynb #7fe3717b
@@ -285,8 +286,8 @@ def declaration(
         raise BadRequest(f"{name!r} cannot be read as a notebook: {str(error).splitlines()[0]}") from None
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     lines = {kind: re.search(pattern, prose, re.MULTILINE) for kind, pattern in
-             {"title": r"^# +(.+)$", "promise": r"^> +(.+)$", "cost": r"^\*Measured on 2 CPU cores: (.+)\*$"}.items()}
+             {"title": r"^# +(.+)$", "promise": r"^> +(.+)$", "cost": r"^\*Measured on 2 CPU cores: (.+)\*$",
+              "gpu": r"^\*\*On a GPU\*\* (.+)$"}.items()}
     found = {kind: match.group(1).strip() if match else "" for kind, match in lines.items()}
-    return Declaration(
-        name, path, found["title"] or path.stem, found["promise"], found["cost"], read_parameters(notebook)
-    )
+    title, parameters = found["title"] or path.stem, read_parameters(notebook)
+    return Declaration(name, path, title, found["promise"], found["cost"], found["gpu"], parameters)

@@ -330,11 +330,8 @@ def _checked(declared: Declaration, points: Sequence[Mapping[str, Any]]) -> list
     "All parameters of each point, with their types; text is read as a terminal's. Raises `BadRequest`."
     everything = []
     for point in points:
-        texts = {name: value for name, value in point.items() if isinstance(value, str)}
-        others = {name: value for name, value in point.items() if name not in texts}
-        values = {name: value.item() if hasattr(value, "item") else value for name, value in others.items()}
-        given = check_parameters(declared.parameters, texts, True)
-        given |= check_parameters(declared.parameters, values, False)
+        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in point.items()}
+        given = check_parameters(declared.parameters, plain, text=True)
         everything.append({name: given.get(name, each.default) for name, each in declared.parameters.items()})
     return everything
 
