@@ -114,6 +114,16 @@ net = torch.nn.Linear(600, 600); net(a).sum().backward()
     assert run(save(source), out="out", timeout=60).metrics == {"same": True}
 
 
+def test_what_a_notebook_leaves_to_its_end_is_done(save, zygote):
+    source = """
+import atexit, threading, time
+atexit.register(lambda: open('at exit', 'w').close())
+threading.Thread(target=lambda: (time.sleep(1), open('by a thread', 'w').close())).start()
+"""
+    run(save(source), out="out")
+    assert Path("out/at exit").exists() and Path("out/by a thread").exists()
+
+
 def test_each_end_of_a_forked_kernel_is_told_as_it_was(save, zygote):
     ends = {"import os, signal; os.kill(os.getpid(), signal.SIGKILL)": ("killed", "cell 1: the kernel was ended by signal 9"),
             "import os; os._exit(7)": ("killed", "cell 1: the kernel was ended with exit code 7"),

@@ -6,6 +6,7 @@
 __all__ = ['PRELOAD', 'serve', 'Zygote', 'can_fork', 'warm', 'is_warm', 'cool', 'ForkProvisioner']
 
 # %% ../../nbs/10_headless/03_kernel.ipynb #fced9644
+import atexit
 import gc
 import json
 import os
@@ -56,7 +57,7 @@ def _die_with_parent(parent: int) -> None:
 
 
 def _become_kernel(request: Mapping[str, Any], files: Sequence[int]) -> None:
-    "Turn this fresh copy of the zygote into an IPython kernel, and return when the kernel ends."
+    "Turn this fresh copy of the zygote into an IPython kernel, and end with it."
     os.setsid()
     for number, file in enumerate(files):
         os.dup2(file, number)
@@ -73,7 +74,16 @@ def _become_kernel(request: Mapping[str, Any], files: Sequence[int]) -> None:
     sys.argv = ["ipykernel_launcher", *request["argv"]]
     from ipykernel.kernelapp import IPKernelApp
 
-    IPKernelApp.launch_instance([*request["argv"], f"--IPKernelApp.parent_handle={os.getppid()}"])
+    try:
+        IPKernelApp.launch_instance([*request["argv"], f"--IPKernelApp.parent_handle={os.getppid()}"])
+        # joins ipykernel's own threads, one of which may wait ten seconds for another that has ended already
+        atexit.unregister(IPKernelApp.instance().close)
+        threading._shutdown()  # waits for the notebook's threads, as a program's end does
+    finally:
+        atexit._run_exitfuncs()
+        sys.__stdout__.flush()
+        sys.__stderr__.flush()
+        os._exit(int(sys.exc_info()[0] is not None))  # without the half second of taking torch's modules apart
 
 # %% ../../nbs/10_headless/03_kernel.ipynb #895d62f4
 def serve(
@@ -117,7 +127,7 @@ def serve(
                     open_file.close()
                 for open_file in [files[0], *kernels]:
                     os.close(open_file)
-                return _become_kernel(json.loads(message), files[1:])
+                _become_kernel(json.loads(message), files[1:])
             for file in files[1:]:
                 os.close(file)
             channel = socket.socket(fileno=files[0])
