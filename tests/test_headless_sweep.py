@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import psutil
@@ -14,7 +15,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from bigmodel_nb.headless.parameters import BadRequest
-from bigmodel_nb.headless.sweep import Range, grid_points, mean_interval, parse_values, sampled_points, sweep
+from bigmodel_nb.headless.sweep import Range, draw_sweep, grid_points, mean_interval, parse_values, sampled_points, sweep
 
 PARAMETERS = "n: int = 1  # a number\nseed: int = 0  # of all\ndata: str = ''  # a file"
 BODY = "from bigmodel_nb.kit.record import record\nopen('ran', 'w').close()\nrecord('share', seed + 1 / n)"
@@ -60,6 +61,23 @@ def test_a_range_is_checked():
 
 def test_intervals_of_one_value_are_unknown():
     assert mean_interval([2.0])[0] == 2.0 and pd.isna(mean_interval([2.0])[1])
+
+
+@pytest.mark.parametrize("seeds, bands", [(1, 0), (2, 0), (3, 2)])
+def test_an_interval_is_drawn_from_three_seeds_on(seeds, bands):
+    rows = [{"n": n, "norm": norm, "seed": seed, "share": n + seed, "status": "ok"} for n in (1, 2, 4) for norm in "ab" for seed in range(seeds)]
+    made, axes = draw_sweep(pd.DataFrame(rows), "share", ["n", "norm", "seed"])
+    means = [line.get_ydata().tolist() for line in axes.lines if line.get_linestyle() == "-"]
+    assert means == [[n + (seeds - 1) / 2 for n in (1, 2, 4)]] * 2, "a line for each norm"
+    assert len(axes.collections) == bands and sum(len(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "None") == len(rows)
+    plt.close(made)
+
+
+def test_points_that_differ_in_more_than_is_drawn_are_not_joined():
+    table = pd.DataFrame([{"rate": n / 100, "dropout": n / 50, "share": n, "status": "ok"} for n in range(20)])
+    made, axes = draw_sweep(table, "share", ["rate", "dropout"])
+    assert [line.get_linestyle() for line in axes.lines] == ["None"] and not axes.collections
+    plt.close(made)
 
 
 def test_a_sweep_makes_one_table_and_runs_only_what_is_new(save):

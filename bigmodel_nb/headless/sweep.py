@@ -257,10 +257,12 @@ def draw_sweep(
             continue
         x, groups = zip(*part.groupby(across))
         middle, half = np.array([mean_interval(group[metric].astype(float)) for group in groups]).T
-        axes.plot(x, middle, "o-", markersize=4, color=color, label=name)
-        if not np.isnan(half).all() and pd.api.types.is_numeric_dtype(good[across]):
+        axes.plot(part[across], part[metric], "o", markersize=3, color=color, alpha=0.5, markeredgewidth=0)
+        axes.plot(x, middle, "-", color=color, label=name)
+        if min(map(len, groups)) > 2 and pd.api.types.is_numeric_dtype(good[across]):
             axes.fill_between(x, middle - half, middle + half, color=color, alpha=0.2, linewidth=0)
     axes.set(xlabel=across, ylabel=metric)
+    axes.ticklabel_format(axis="y", useOffset=False)
     if lines:
         axes.legend(title=", ".join(lines))
     return made, axes
@@ -290,7 +292,7 @@ def _write(
     numeric = [column for column in plain if pd.api.types.is_numeric_dtype(good[column]) and good[column].notna().any()]
     plots = [_picture(table, metric, swept) for metric in numeric if swept]
     counts = ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
-    columns = [*swept, *plain, "status", "error", "folder"]
+    columns = [*swept, *numeric, "status", "error", "folder"]  # sweep.csv has them all
     shown = table[columns].to_html(index=False, border=0, float_format="%.4g", na_rep="")
     head = f"<h1>Sweep of {escape(name)}</h1><p>{len(table)} runs: {escape(counts)}</p>"
     body = f"{head}{''.join(plots)}<h2>Runs</h2>{shown}"
