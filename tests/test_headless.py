@@ -711,13 +711,14 @@ def test_the_report_is_opened_where_asked(save, monkeypatch):
 
 
 def test_the_command_sweeps(save):
-    save("from bigmodel_nb.kit.record import record\nrecord('share', 1 / n)", parameters="n: int = 1  # a")
+    save("from bigmodel_nb.kit.record import record\nrecord('share', 1 / n)\nrecord('curve', [n])", parameters="n: int = 1  # a")
     Path("grid.yaml").write_text("n: [5, 6]\n")
     code, said = bigmodel("sweep", "mine.ipynb", "-f", "grid.yaml", "-g", "n=0..2", "-q")
     assert code == 1 and said == "runs/mine/sweep/sweep.html", "one point divides by zero"
     assert Path("runs/mine/sweep/sweep.csv").read_text().count("\n") == 4
     code, said = bigmodel("sweep", "mine.ipynb", "-g", "n=1..40", "--latin", "2", "--out", "drawn")
     assert code == 0 and len(said.splitlines()) == 4
+    assert said.splitlines()[0].split() == ["n", "share", "status", "seconds", "error"], "what fits a terminal: no folder, no list"
 
 
 def test_names_are_completed():

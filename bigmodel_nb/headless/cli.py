@@ -239,9 +239,10 @@ def sweep(
         _fail(f"interrupted; the table so far is {folder / 'sweep.csv'}, and the same command goes on", 130)
     if not quiet:
         width = shutil.get_terminal_size().columns
-        hidden = ("folder", "_low", "_high", "_n")
-        shown = [column for column in table.columns if not column.endswith(hidden)]
-        typer.echo(table[shown].to_string(index=False, max_colwidth=40, line_width=width))
+        hidden = [column for column in table.columns if column.endswith(("folder", "_low", "_high", "_n"))]
+        lists = [column for column in table.columns if table[column].astype(str).str.match(r"[\[{]").any()]
+        brief = table.drop(columns={*hidden, *lists})  # sweep.csv has them all
+        typer.echo(brief.to_string(index=False, max_colwidth=60, line_width=width))
     typer.echo(_here(folder.absolute() / "sweep.html"))
     raise typer.Exit(0 if (table.status == "ok").all() else 1)
 

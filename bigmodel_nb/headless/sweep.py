@@ -257,7 +257,7 @@ def draw_sweep(
             continue
         x, groups = zip(*part.groupby(across))
         middle, half = np.array([mean_interval(group[metric].astype(float)) for group in groups]).T
-        axes.plot(part[across], part[metric], "o", markersize=3, color=color, alpha=0.5, markeredgewidth=0)
+        axes.plot(part[across], part[metric], "o", markersize=4, color=color, alpha=0.6, markeredgewidth=0)
         axes.plot(x, middle, "-", color=color, label=name)
         if min(map(len, groups)) > 2 and pd.api.types.is_numeric_dtype(good[across]):
             axes.fill_between(x, middle - half, middle + half, color=color, alpha=0.2, linewidth=0)
