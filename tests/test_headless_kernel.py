@@ -18,13 +18,17 @@ from bigmodel_nb.headless import kernel
 from bigmodel_nb.headless.run import RunFailed, run
 
 pytestmark = pytest.mark.skipif(not kernel.can_fork(), reason="forked kernels are a matter of Linux")
-ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1"}
+
+
+def environment() -> dict[str, str]:
+    """What `run` gives its kernels now: a test before this one may have changed the process's own."""
+    return {**os.environ, "TQDM_DISABLE": "1"}
 
 
 @pytest.fixture
 def zygote():
     """The zygote that `run` would use."""
-    yield kernel.warm({**os.environ, "TQDM_DISABLE": "1"})
+    yield kernel.warm(environment())
     kernel.cool()
 
 
@@ -70,7 +74,7 @@ def test_the_second_run_of_a_process_starts_a_zygote_beside_itself(save, monkeyp
     kernel.cool()
     parents = [run(save(PARENT), out=f"out{n}").metrics["parent"] for n in range(2)]
     assert parents == [os.getpid()] * 2 and kernel.is_warm()
-    zygote = kernel.warm(ENVIRONMENT)
+    zygote = kernel.warm(environment())
     assert run(save(PARENT), out="out2").metrics["parent"] == zygote.process.pid
     kernel.cool()
 
@@ -149,7 +153,7 @@ def test_a_zygote_that_was_killed_between_two_runs_is_replaced(save, zygote):
     zygote.process.kill()
     zygote.process.wait()
     assert run(save(PARENT), out="b").status == "ok"
-    fresh = kernel.warm(ENVIRONMENT)
+    fresh = kernel.warm(environment())
     assert fresh is not zygote and run(save(PARENT), out="c").metrics["parent"] == fresh.process.pid
 
 
@@ -169,7 +173,7 @@ def test_a_zygote_that_is_killed_during_a_run_takes_the_kernel_along(save, zygot
 def test_threads_that_ask_at_once_get_one_zygote():
     kernel.cool()
     with ThreadPoolExecutor(8) as pool:
-        made = {id(each) for each in pool.map(lambda _: kernel.warm(ENVIRONMENT), range(8))}
+        made = {id(each) for each in pool.map(lambda _: kernel.warm(environment()), range(8))}
     assert len(made) == 1
     alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
     assert len([child for child in alive if "kernel import serve" in " ".join(child.cmdline())]) == 1
@@ -177,7 +181,7 @@ def test_threads_that_ask_at_once_get_one_zygote():
 
 
 def test_another_environment_gets_another_zygote(zygote):
-    other = kernel.warm({**ENVIRONMENT, "OTHER": "1"})
+    other = kernel.warm({**environment(), "OTHER": "1"})
     assert other is not zygote and gone(zygote.process.pid), "the first had no kernel left, so it ends"
 
 
@@ -217,11 +221,11 @@ def test_no_orphan_survives_the_death_of_its_owner(save, number):
 
 def test_a_thread_may_make_the_zygote_and_end(save):
     kernel.cool()
-    maker = threading.Thread(target=kernel.warm, args=[ENVIRONMENT])
+    maker = threading.Thread(target=kernel.warm, args=[environment()])
     maker.start()
     maker.join()
     time.sleep(0.3)
-    assert run(save(PARENT), out="out").metrics["parent"] == kernel.warm(ENVIRONMENT).process.pid
+    assert run(save(PARENT), out="out").metrics["parent"] == kernel.warm(environment()).process.pid
     kernel.cool()
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -111,16 +112,22 @@ def test_a_changed_notebook_or_data_file_runs_again(save):
 def test_the_death_of_a_worker_loses_no_run(save):
     name = save("from bigmodel_nb.kit.record import record\nimport os, time\ntime.sleep(2)\nrecord('parent', os.getppid())")
 
-    def murder():
-        while not list(Path("out").glob("*/notebook.ipynb")):
-            time.sleep(0.05)
-        kernels = [each for each in psutil.Process().children(recursive=True) if "ipykernel_launcher" in " ".join(each.cmdline())]
-        psutil.Process(kernels[0].ppid()).send_signal(signal.SIGKILL)
+    killed = []
 
-    thread = threading.Thread(target=murder)
+    def murder():
+        while not killed:
+            time.sleep(0.05)
+            for each in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if "ipykernel_launcher" in " ".join(each.cmdline()) and not killed:
+                        killed.append(each.ppid())
+                        psutil.Process(each.ppid()).send_signal(signal.SIGKILL)
+
+    thread = threading.Thread(target=murder, daemon=True)
     thread.start()
     table = sweep(name, {"n": [1, 2, 3, 4]}, out="out")
-    thread.join()
+    thread.join(5)
+    assert killed and not psutil.pid_exists(killed[0])
     assert list(table.status) == ["ok"] * 4
 
 
@@ -133,6 +140,51 @@ from bigmodel_nb.headless.sweep import sweep
 if __name__ == "__main__":
     sweep("mine.ipynb", {"n": [1, 2, 3, 4, 5, 6]}, out="out")
 """
+
+
+DEAF = """
+import os
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from bigmodel_nb.headless import sweep
+
+class Deaf:
+    "An exception in a destructor is swallowed."
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def write(board, before=sweep._Board.write):
+    if any(record["status"] == "ok" for record in board.records.values()) and board.open():
+        Deaf()
+    return before(board)
+
+sweep._Board.write = write
+if __name__ == "__main__":
+    sweep.sweep("mine.ipynb", {"n": [1, 2, 3, 4, 5, 6]}, out="out")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
+def test_an_interrupt_is_heard_wherever_it_strikes(save):
+    save(BODY + "\nimport time\ntime.sleep(1)")
+    Path("script.py").write_text(DEAF)
+    done = subprocess.run([sys.executable, "script.py"], stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr.splitlines()[-1]
+    assert set(pd.read_csv("out/sweep.csv").status) == {"ok", "interrupted"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
+def test_sigterm_leaves_a_valid_table_too(save):
+    save(BODY + "\nimport time\ntime.sleep(1)")
+    Path("script.py").write_text(SCRIPT)
+    with subprocess.Popen([sys.executable, "script.py"], stderr=subprocess.DEVNULL) as sweeper:
+        while not list(Path("out").glob("*/report.html")):
+            assert sweeper.poll() is None
+            time.sleep(0.05)
+        sweeper.terminate()
+    assert sweeper.returncode != 0
+    stopped = pd.read_csv("out/sweep.csv")
+    assert len(stopped) == 6 and "interrupted" in set(stopped.status) and set(stopped.status) <= {"ok", "interrupted"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of Unix")

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from tqdm.auto import tqdm
 
 from .parameters import BadRequest, Declaration, catalogue, check_parameters, declaration
 from .report import page
-from .run import RunFailed, library_versions, notebook_hash, read_run, run, write_atomic
+from .run import RunFailed, library_versions, notebook_hash, read_run, run, stoppable, write_atomic
 from ..kit.plots import COLORS, figure
 
 # %% ../../nbs/10_headless/05_sweep.ipynb #75f3243d
@@ -377,7 +379,8 @@ def sweep(
         for key in waiting:
             work = (name, board.points[key], str(folder / key), timeout)
             tasks[client.submit(_one, *work, retries=retries, pure=False)] = key
-        _collect(board, tasks, progress)
+        if tasks:
+            _collect(board, tasks, progress)
         return board.write()
 
 # %% ../../nbs/10_headless/05_sweep.ipynb #5cb9bd68
@@ -401,15 +404,21 @@ class _Board:
 
 # %% ../../nbs/10_headless/05_sweep.ipynb #61e51e3c
 def _collect(board: _Board, tasks: Mapping[Any, str], progress: bool) -> None:
-    "Note how each run ended, as they end; on Ctrl-C note which were not finished."
-    if not tasks:
-        return
-    from distributed import as_completed
-
+    "Note how each run ended, as they end; on Ctrl-C and SIGTERM note which were not finished."
+    ended, asked = SimpleQueue(), SimpleNamespace(stop=None)
+    for task in tasks:
+        task.add_done_callback(ended.put)
     try:
-        for task in tqdm(as_completed(tasks), total=len(tasks), desc=board.title, disable=not progress):
-            board.set(tasks[task], _ended(task, board.folder / tasks[task]))
-            board.write()
+        with stoppable(asked), tqdm(total=len(tasks), desc=board.title, disable=not progress) as bar:
+            while board.open():
+                if asked.stop:
+                    raise KeyboardInterrupt
+                with suppress(Empty):
+                    task = ended.get(timeout=0.2)
+                    board.set(tasks[task], _ended(task, board.folder / tasks[task]))
+                    bar.update()
+                    if ended.empty():  # runs that end together are written together
+                        board.write()
     finally:
         for key in board.open():
             board.set(key, {"status": "interrupted"})
@@ -417,12 +426,12 @@ def _collect(board: _Board, tasks: Mapping[Any, str], progress: bool) -> None:
 
 
 def _ended(task: Any, folder: Path) -> dict[str, Any]:
-    "The record of a finished task; of one whose worker or kernel was killed too often, what it left."
-    if task.status == "finished":
-        return task.result()
-    error = task.exception()
+    "How a run ended, by its record; of one whose worker was killed too often, what Dask says."
     with suppress(FileNotFoundError, ValueError):
         record = read_run(folder).record
-        if record["status"] != "running":
+        if record["status"] not in ("running", *(["ok"] if task.status == "error" else [])):
             return record
-    return {"status": "killed", "error": {"message": f"{type(error).__name__}: {str(error).splitlines()[0]}"}}
+    try:
+        return task.result(timeout=10)
+    except Exception as error:  # whatever kept a worker from its task
+        return {"status": "killed", "error": {"message": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}}
