@@ -1,4 +1,4 @@
-"""Sphinx on the pages that build.py writes; every fact about the project stands in settings.ini."""
+"""Sphinx on the pages that make_site.py writes; every fact about the project stands in settings.ini."""
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -26,9 +26,11 @@ html_math_renderer = "mathml"  # of reference.py
 
 autodoc_default_options = {"members": True, "inherited-members": True, "special-members": "__call__",
                            "member-order": "bysource"}
+add_module_names = False
+maximum_signature_line_length = 80
 # Every name of the project must lead somewhere. Those of other libraries stand as they are: looking them up needs a network.
-nitpick_ignore_regex = [(".*", r"(?!bigmodel_nb\b).*")]
-# The projects' own pages may not be public yet; anchors of GitHub's pages are made by scripts.
+nitpick_ignore_regex = [("py:.*", r"(?!bigmodel_nb\b).*")]
+# Scripts make the anchors of GitHub's pages.
 linkcheck_anchors_ignore_for_url = [r"https://github\.com/.*"]
 
 html_theme = "sphinx_book_theme"
@@ -36,11 +38,14 @@ html_title = project
 html_baseurl = settings["doc_host"] + settings["doc_baseurl"] + "/"
 html_static_path = [str(HERE / "_static")]
 html_css_files = ["course.css"]
+html_favicon = str(HERE / "_static" / "icon.svg")
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system says, until the switch is used
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {
     "repository_url": settings["git_url"],
     "use_repository_button": True,
     "use_download_button": False,
-    "home_page_in_toc": True,
+    "navbar_persistent": [],  # the search field stands in the sidebar
     "show_toc_level": 2,
+    "max_navbar_depth": 1,  # the page of modules leads to the modules
 }

@@ -66,7 +66,6 @@ class NoForeignImages(SphinxTransform):
 @dataclasses.dataclass
 class Signature:
     """What the source says of a function or class."""
-
     arguments: ast.arguments | None  # without `self`; None for a class that takes what its base takes
     rows: list[tuple[str, str, str]]  # name, type and comment of each parameter
     returns: tuple[str, str] | None = None  # type and comment
@@ -180,6 +179,15 @@ def skip(app: Sphinx, what: str, name: str, obj, skipped: bool, options) -> bool
     return True if module and not module.startswith("bigmodel_nb") else None
 
 
+def plain_lines(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
+    """Sphinx lists the parameters of a long signature as descriptions (`dd`) of nothing; here they are lines."""
+    def lines(found: re.Match) -> str:
+        return re.sub(r"<(/?)dd>", lambda tag: "</span>" if tag[1] else '<span class="line">', found[1])
+
+    if "body" in context:
+        context["body"] = re.sub(r"<dl>\s*((?:<dd>.*</dd>\s*)+)</dl>", lines, context["body"])
+
+
 def setup(app: Sphinx) -> dict:
     NbElementRenderer.render_image = _with_alternative_text
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
@@ -187,4 +195,5 @@ def setup(app: Sphinx) -> dict:
     app.connect("autodoc-process-docstring", document)
     app.connect("autodoc-process-signature", sign)
     app.connect("autodoc-skip-member", skip)
+    app.connect("html-page-context", plain_lines)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -16,11 +16,11 @@ import nbformat
 from nbformat.v4 import new_markdown_cell
 from sphinx.cmd.build import main as sphinx
 
-from bigmodel_nb.headless.parameters import catalogue, declaration
+from bigmodel_nb.headless.parameters import catalogue, declaration, notebooks_folder
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-NOTEBOOKS = ROOT / "nbs"
+NOTEBOOKS = notebooks_folder()
 SCRAP = "application/scrapbook.scrap.json+json"
 CHAPTERS = {
     "kit": "What every notebook stands on: device and seeds, pictures, recorded results, exercises, things to move.",
@@ -50,7 +50,7 @@ def chapters() -> dict[str, list[str]]:
         if "/" in name:
             found.setdefault(name.split("/")[0], []).append(name)
     if unknown := set(found) - set(CHAPTERS):
-        raise SystemExit(f"docs/build.py: CHAPTERS does not say what {sorted(unknown)[0]!r} is about")
+        raise SystemExit(f"docs/make_site.py: CHAPTERS does not say what {sorted(unknown)[0]!r} is about")
     return found
 
 
