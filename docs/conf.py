@@ -40,6 +40,7 @@ html_static_path = [str(HERE / "_static")]
 html_css_files = ["course.css"]
 html_favicon = str(HERE / "_static" / "icon.svg")
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system says, until the switch is used
+html_domain_indices = False  # api/index is that
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {
     "repository_url": settings["git_url"],

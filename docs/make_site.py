@@ -139,7 +139,8 @@ def index_page() -> str:
 
 def reference_page() -> str:
     """The list of modules by chapter."""
-    parts = ["# Modules", "Each module is exported from one notebook, which derives and tests what it holds."]
+    parts = ["# Modules", "Each module is exported from one notebook, which derives and tests what it holds. "
+             "The {ref}`index <genindex>` has every name."]
     pages = []
     for names in chapters().values():
         names = [name for name in names if module_of(name)]
