@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # It asks nobody but this machine: neither for a page nor for itself.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"]
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +79,8 @@ def site(tmp_path_factory):
     with open(shared / "course.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "index.html").exists():
-            made = subprocess.run([sys.executable, str(ROOT / "docs" / "make_site.py"), str(folder)], capture_output=True, text=True)
+            command = [sys.executable, str(ROOT / "docs" / "make_site.py"), str(folder)]
+            made = subprocess.run(command, capture_output=True, text=True)
             assert made.returncode == 0, made.stdout + made.stderr
     with serve(folder) as served:
         yield served
