@@ -108,7 +108,8 @@ def module_page(name: str) -> str:
 
 def course_map() -> str:
     """The floors of the course, the top one first, as on a drawing of a house."""
-    lines = ['<nav class="house" aria-label="Map of the course">', f'<a class="lift" href="{address("tour", ".html")}">',
+    lines = ['<nav class="house" aria-label="Map of the course">',
+             f'<a class="lift" href="{address("tour", ".html")}">',
              "<strong>tour</strong><span>the whole way in one sitting</span></a>", "<ol reversed>"]
     for chapter, names in reversed(chapters().items()):
         rooms = [f'<li><a href="{address(name, ".html")}">{escape(name.split("/")[1])}</a></li>' for name in names]
@@ -133,7 +134,8 @@ def index_page() -> str:
     cells = nbformat.read(NOTEBOOKS / "index.ipynb", as_version=4).cells
     prose = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     opening, rest = prose.replace("## The course\n", "").split("\n## ", 1)
-    parts = [opening, "## The course", "Read the house from the ground up: a notebook stands only on notebooks before it.",
+    parts = [opening, "## The course",
+             "Read the house from the ground up: a notebook stands only on notebooks before it.",
              course_map(), "What a run costs is measured on 2 CPU cores.", listing("tour")]
     trees = [toctree([address("tour", "")])]
     for chapter, names in chapters().items():
@@ -150,7 +152,8 @@ def reference_page() -> str:
     pages = []
     for names in chapters().values():
         modules = {module_of(name): declaration(name).title for name in names if module_of(name)}
-        parts.append("\n".join(f"- [`bigmodel_nb.{module}`]({module}.md): {title}" for module, title in modules.items()))
+        rows = [f"- [`bigmodel_nb.{module}`]({module}.md): {title}" for module, title in modules.items()]
+        parts.append("\n".join(rows))
         pages += modules
     return "\n\n".join([*parts, toctree(pages)]) + "\n"
 

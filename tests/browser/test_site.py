@@ -28,8 +28,8 @@ RULES = {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "
 CONTRAST = {"type": "rule", "values": ["color-contrast"]}
 # It need not fetch the style sheets anew: no rule above reads them, and it looks for an imported one in a wrong place.
 AXE = {"resultTypes": ["violations"], "preload": False}
-# Contrast takes axe-core most of a minute on a page with thousands of coloured words of code. A word's colour depends on
-# its kind alone, so one word of each kind stays, and the others become plain text.
+# Contrast takes axe-core most of a minute on a page with thousands of coloured words of code. A word's colour hangs on its
+# kind alone, so one word of each kind stays, and the others become plain text.
 ONE_OF_EACH = """() => {
   const seen = new Set()
   for (const word of document.querySelectorAll('pre span, code span, .sig span')) {
@@ -58,7 +58,8 @@ def opened(chromium, address: str, page: str = "index.html", **options):
     tab.on("pageerror", lambda error: note(True, f"script: {error}"))
     tab.on("requestfailed", lambda asked: note(True, f"failed: {asked.url}"))
     tab.on("response", lambda came: note(came.status >= 400, f"{came.status}: {came.url}"))
-    tab.on("request", lambda asked: note(not asked.url.startswith((address, "data:", "about:")), f"foreign: {asked.url}"))
+    ours = (address, "data:", "about:")
+    tab.on("request", lambda asked: note(not asked.url.startswith(ours), f"foreign: {asked.url}"))
     try:
         tab.goto(address + page)
         yield tab
@@ -100,7 +101,8 @@ def shown(notebook) -> Counter:
 
 
 COUNT = """() => {
-  const article = document.querySelector('article') ?? document.querySelector('main'), all = what => [...article.querySelectorAll(what)];
+  const article = document.querySelector('article') ?? document.querySelector('main');
+  const all = what => [...article.querySelectorAll(what)];
   const hidden = each => each.closest('details:not([open])') || each.checkVisibility && !each.checkVisibility();
   const prose = article.cloneNode(true);
   prose.querySelectorAll('pre, code, table, iframe').forEach(each => each.remove());
@@ -319,8 +321,8 @@ def test_folds_pictures_tags_and_records(chromium, serving, tmp_path):
 
 
 def test_what_a_reader_would_miss_stops_the_build(tmp_path):
-    done = built(tmp_path, new_markdown_cell("# A page\n\n$\\frac{1}{$ and $\\nosuchsymbol{1}$, [nowhere](nowhere.ipynb)"),
-                 new_code_cell("draw()", outputs=[picture(None)]))
+    prose = "# A page\n\n$\\frac{1}{$ and $\\nosuchsymbol{1}$, [nowhere](nowhere.ipynb)"
+    done = built(tmp_path, new_markdown_cell(prose), new_code_cell("draw()", outputs=[picture(None)]))
     assert done.returncode != 0
     for complaint in (r"cannot be shown: \frac{1}{", r"cannot be shown: \nosuchsymbol{1}", "nowhere.ipynb",
                       "a picture without alternative text"):
