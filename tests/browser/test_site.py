@@ -190,6 +190,7 @@ def test_search_finds_a_page(chromium, site):
         tab.keyboard.press("Enter")
         result = tab.locator("#search-results li a").first
         result.wait_for()
+        tab.wait_for_load_state("networkidle")  # the list quotes the pages it found: leaving now would cut that off
         result.click()
         tab.wait_for_url(lambda url: "search.html" not in url)
         assert "softmax" in tab.locator("article").inner_text()
