@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from packaging.specifiers import SpecifierSet
 
 from bigmodel_nb.headless.parameters import catalogue, declaration, read_parameters
@@ -17,6 +18,10 @@ from bigmodel_nb.kit.exercises import read_exercises
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = list(catalogue())
+PLACE = "bigmodel-nb/bigmodel_nb"
+SETUP = f"""import sys
+if "google.colab" in sys.modules:  # which lacks this package
+    %pip install -q --no-deps -r https://raw.githubusercontent.com/{PLACE}/main/requirements/colab.txt"""
 LESSONS = [name for name in NAMES if name != "tour"]
 MODULES = sorted(path for path in (ROOT / "bigmodel_nb").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py"))
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|private|var/folders)/")
@@ -38,12 +43,24 @@ def module_of(name):
 def test_opening(name):
     cells = read(name).cells
     prose = next(cell.source for cell in cells if cell.cell_type == "markdown")
-    if name != "tour":
-        assert cells[0].source == f"#| default_exp {name.replace('/', '.')}"
+    directive = "" if name == "tour" else f"#| default_exp {name.replace('/', '.')}\n"
+    assert cells[0].source == directive + SETUP, "make sync"
     assert re.match(r"# .+\n\n> .+[.]\n", prose), "a title, then a promise"
     assert re.search(r"^\*Measured on 2 CPU cores: \d+ s, [\d.]+ GB\.\*$", prose, re.MULTILINE), "the measured cost"
     for heading in ("You need", "Stands on", "On a GPU"):
         assert f"**{heading}**" in prose, heading
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opens_elsewhere(name):
+    """The links below the measured cost open this very notebook; Binder only where 2 GB hold it and JupyterLab."""
+    prose = next(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
+    gigabytes, line = re.search(r"^\*Measured on .*, ([\d.]+) GB\.\*\n(.+)$", prose, re.MULTILINE).groups()
+    path = catalogue()[name].relative_to(ROOT).as_posix()
+    allowed = f"[Open in Colab](https://colab.research.google.com/github/{PLACE}/blob/main/{path})"
+    if float(gigabytes) < 1.75:
+        allowed += f" · [Binder](https://mybinder.org/v2/gh/{PLACE}/main?urlpath=lab/tree/{path})"
+    assert line == allowed, "make sync"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,8 +136,7 @@ def test_imports_only_from_earlier_notebooks(name):
     if name == "tour":  # written to be read first, run on everything
         allowed = {module_of(other) for other in NAMES}
     for cell in code(read(name)):
-        source = re.sub(r"^[%!].*$", "", cell.source, flags=re.MULTILINE)
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(ast.parse(TransformerManager().transform_cell(cell.source))):  # %magics become calls
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bigmodel_nb"):
                 assert node.module in allowed, f"{node.module} comes later in the course"
 

@@ -362,7 +362,7 @@ def _execute(path: Path, values: dict, saver: _Saver, watch: _Watch, timeout: fl
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    "Whether a line of papermill's log is: names were checked before, and it takes one of type `Path | None` for unknown."
+    "Whether a line of papermill's log is news: names were checked, and it takes one of type `Path | None` for unknown."
     return not record.getMessage().startswith("Passed unknown parameter")
 
 
