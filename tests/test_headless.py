@@ -631,6 +631,11 @@ def test_run_prints_metrics_and_where_the_report_is(save):
     assert bigmodel("run", "mine.ipynb", "--quiet", "--out", "quiet") == (0, "quiet/report.html")
 
 
+def test_papermill_does_not_call_a_known_parameter_unknown(save):
+    save("pass", parameters="n: int | None = None  # a number")
+    assert bigmodel("run", "mine.ipynb", "-p", "n", "42", "--quiet", "--out", "out") == (0, "out/report.html")
+
+
 def test_run_of_a_failing_notebook_exits_with_1(save):
     code, output = bigmodel("run", save("1 / 0"), "--out", "out")
     assert code == 1 and output.splitlines() == ["kept in out", "bigmodel: failed: cell 1: ZeroDivisionError: division by zero"]

@@ -14,6 +14,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from packaging.specifiers import SpecifierSet
 
 from bigmodel_nb.headless.parameters import catalogue, declaration, read_parameters
+from bigmodel_nb.kit.exercises import read_exercises
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = list(catalogue())
@@ -95,6 +96,30 @@ def test_lesson_has_its_parts(name):
     assert "## Against the library" in prose and "## Break it" in prose
 
 
+@pytest.mark.parametrize("name", LESSONS)
+def test_lesson_has_exercises(name):
+    notebook = read(name)
+    assert len(read_exercises(notebook, name)) >= 2
+    headings = [line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines() if line.startswith("#")]
+    numbered = [int(line.split()[2]) for line in headings if line.startswith("### Exercise ")]
+    assert numbered == list(range(1, len(numbered) + 1)) and "## Exercises" in headings
+    sections = [line.lstrip("# ") for line in headings]
+    for exercise in read_exercises(notebook, name).values():
+        assert exercise.reread in sections, f"{exercise.name} sends the reader to “{exercise.reread}”, which is no section"
+
+
+def test_modules_form_floors():
+    """No module imports one of a later notebook, so the modules have an order and never a circle."""
+    for place, name in enumerate(NAMES):
+        path = ROOT / "bigmodel_nb" / f"{name}.py"
+        if path.exists():
+            later = {module_of(other) for other in NAMES[place:]}
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.level:
+                    parts = module_of(name).split(".")[: -node.level]
+                    assert ".".join([*parts, node.module]) not in later, f"{name} imports {node.module}"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_records_at_its_end(name):
     last = code(read(name))[-1].source
@@ -105,7 +130,9 @@ def test_records_at_its_end(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_imports_only_from_earlier_notebooks(name):
     earlier = {module_of(other) for other in NAMES[: NAMES.index(name)]}
-    allowed = earlier | {"bigmodel_nb", "bigmodel_nb.kit.record"} if name.startswith("kit/") else earlier | {"bigmodel_nb"}
+    allowed = earlier | {"bigmodel_nb"}
+    if name.startswith("kit/"):  # what every notebook ends with: its exercises, its records
+        allowed |= {"bigmodel_nb.kit.exercises", "bigmodel_nb.kit.record"}
     if name == "tour":  # written to be read first, run on everything
         allowed = {module_of(other) for other in NAMES}
     for cell in code(read(name)):
