@@ -71,26 +71,17 @@ class Lab:
             text = answer.read()
         return json.loads(text) if text else None
 
-    def write(self, name: str, *cells: str, kernel: str = "python3") -> str:
-        """A notebook of code cells in the server's folder; its path there."""
-        metadata = {"kernelspec": {"name": kernel, "display_name": kernel, "language": "python"}}
-        made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=metadata)
-        nbformat.write(made, self.root / name)
-        return name
+    def write(self, path: str, notebook: nbformat.NotebookNode) -> str:
+        """Put a notebook without its outputs into the server's folder: what is seen later was made here; its path."""
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, self.root / path)
+        return path
 
     def read(self, path: str) -> nbformat.NotebookNode:
         """A notebook as it lies in the server's folder."""
         return nbformat.read(self.root / path, as_version=4)
-
-
-def without_outputs(folder: Path) -> None:
-    """Take the outputs out of all notebooks: what is seen later was made here."""
-    for path in folder.rglob("*.ipynb"):
-        notebook = nbformat.read(path, as_version=4)
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
-        nbformat.write(notebook, path)
 
 
 def free_port() -> int:
@@ -122,7 +113,6 @@ def lab(tmp_path_factory):
     place = tmp_path_factory.mktemp("lab")
     root, progress, runtime, log = place / "notebooks", place / "progress", place / "runtime", place / "log.txt"
     copy_notebooks(root)
-    without_outputs(root)
     for name, values in SETTINGS.items():
         path = place / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,6 +127,8 @@ def lab(tmp_path_factory):
     try:
         found = where_it_answers(process, runtime, log)
         server = Lab(found["url"].rstrip("/"), found["token"], root, progress)
+        for path in root.rglob("*.ipynb"):
+            server.write(str(path.relative_to(root)), nbformat.read(path, as_version=4))
         yield server
         server.ask("shutdown", "POST")  # ends its kernels first
         process.wait(timeout=30)

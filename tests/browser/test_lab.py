@@ -1,13 +1,15 @@
 """The notebooks in JupyterLab, with hands: a browser opens them, runs them, moves what moves and solves an exercise."""
-import importlib.util
 import re
 import time
+from datetime import date
 
 import nbformat
 import pytest
 
-from bigmodel_nb.headless.parameters import catalogue, declaration
+from bigmodel_nb.headless.parameters import declaration
+from bigmodel_nb.kit.exercises import catalogue, read_exercises
 
+LESSON = "foundations/losses"
 SECOND = 1000
 PANEL = ".jp-NotebookPanel:not(.lm-mod-hidden)"
 ERROR = '.jp-RenderedText[data-mime-type="application/vnd.jupyter.error"]'
@@ -25,6 +27,12 @@ def cheapest_of_each_chapter():
     for name in catalogue():
         chapters.setdefault(name.split("/")[0], []).append(name)
     return [min(names, key=seconds) for names in chapters.values()]
+
+
+def of_cells(*sources, kernel="python3"):
+    """A notebook of code cells."""
+    metadata = {"kernelspec": {"name": kernel, "display_name": kernel, "language": "python"}}
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources], metadata=metadata)
 
 
 class Notebook:
@@ -108,8 +116,8 @@ class Notebook:
     def restart(self):
         """Restart the kernel and agree that its variables are lost."""
         self.menu("Kernel", "kernelmenu:restart")
-        self.page.locator(".jp-Dialog").get_by_role("button", name="Restart").click()
-        self.page.locator(".jp-Dialog").wait_for(state="detached")
+        with self.page.expect_response(lambda answer: answer.url.split("?")[0].endswith("/restart")):
+            self.page.locator(".jp-Dialog .jp-mod-accept").click()
         self.wait_until_open()
 
     def errors(self):
@@ -135,7 +143,7 @@ def test_notebook_runs_in_the_browser(name, page, lab):
 
 
 def test_an_unknown_kernel_is_asked_for(page, lab):
-    path = lab.write("unknown.ipynb", "1 + 2", kernel="nowhere")
+    path = lab.write("unknown.ipynb", of_cells("1 + 2", kernel="nowhere"))
     page.goto(f"{lab.address}/lab/tree/{path}?token={lab.token}&reset")
     page.locator(".jp-Dialog", has_text="Select Kernel").wait_for(timeout=60 * SECOND)
     notebook = Notebook(page, lab, path)  # opened again: it answers the question
@@ -145,7 +153,7 @@ def test_an_unknown_kernel_is_asked_for(page, lab):
 
 def test_a_failing_cell_is_seen(page, lab):
     """What the other tests look for is there when a cell fails."""
-    notebook = Notebook(page, lab, lab.write("failing.ipynb", "1 / 0", "import sys\nprint('told', file=sys.stderr)"))
+    notebook = Notebook(page, lab, lab.write("failing.ipynb", of_cells("1 / 0", "import sys\nprint('told', file=sys.stderr)")))
     notebook.run(0)
     notebook.run(1)
     assert "ZeroDivisionError" in notebook.errors()[0] and notebook.errors()[1].strip() == "told"
@@ -187,7 +195,7 @@ def move_first_slider(notebook):
 
 
 def test_a_slider_moves_the_picture(page, lab):
-    notebook = Notebook(page, lab, lab.write("slider.ipynb", FORM, "slider.value"))
+    notebook = Notebook(page, lab, lab.write("slider.ipynb", of_cells(FORM, "slider.value")))
     notebook.run(0)
     before, after = move_first_slider(notebook)
     assert before[0] == "x to the power 1.0" and after[0] == "x to the power 1.5"
@@ -199,53 +207,43 @@ def test_a_slider_moves_the_picture(page, lab):
 def test_an_explorer_moves_its_picture(page, lab):
     pytest.importorskip("bigmodel_nb.kit.widgets", reason="the explorers are not there yet")
     cell = "from bigmodel_nb.kit.widgets import softmax_explorer\nsoftmax_explorer()"
-    notebook = Notebook(page, lab, lab.write("explorer.ipynb", cell))
+    notebook = Notebook(page, lab, lab.write("explorer.ipynb", of_cells(cell)))
     notebook.run(0)
     before, after = move_first_slider(notebook)
     assert before[1] != after[1]
     assert min(notebook.pictures()) > 100 and not notebook.errors()
 
 
-def first_exercise(notebook):
-    """Where the first exercise of a notebook has its stub and its check, and its solution."""
-    cells = notebook.cells
-    stub = next(index for index, cell in enumerate(cells) if "exercise" in cell.metadata.get("tags", []))
-    check = next(index for index in range(stub + 1, len(cells)) if cells[index].cell_type == "code")
-    folds = (cell.source for cell in cells[stub:] if cell.cell_type == "markdown" and "<summary>Solution</summary>" in cell.source)
-    return stub, check, re.search(r"```python\n(.*?)```", next(folds).partition("<summary>Solution</summary>")[2], re.DOTALL).group(1)
-
-
 def test_an_exercise_is_solved_and_stays_solved(page, lab):
-    if not importlib.util.find_spec("bigmodel_nb.kit.exercises"):
-        pytest.skip("the exercises are not there yet")
-    source = nbformat.read(catalogue()["foundations/losses"], as_version=4)
-    stub, check, solution = first_exercise(source)
+    source = nbformat.read(catalogue()[LESSON], as_version=4)
+    if not read_exercises(source):
+        pytest.skip(f"{LESSON} has no exercises yet")
+    exercise = next(iter(read_exercises(source).values()))
+    stub = next(place for place, cell in enumerate(source.cells) if cell.source == exercise.stub)
     source.cells.append(nbformat.v4.new_code_cell("from bigmodel_nb.kit.exercises import progress\nprogress()"))
-    for cell in source.cells:
-        if cell.cell_type == "code":
-            cell.outputs = []
-    nbformat.write(source, lab.root / "exercise.ipynb")
-    last, name = len(source.cells) - 1, re.search(r"def (\w+)", source.cells[stub].source).group(1)
+    lab.write("exercise.ipynb", source)
+    check, last = stub + 1, len(source.cells) - 1
     notebook = Notebook(page, lab, "exercise.ipynb")
 
     notebook.run_all(limit=120)
     assert not notebook.errors(), "an unsolved exercise raises nothing"
     answer, table = notebook.cell(check).locator(".jp-Cell-outputWrapper"), notebook.cell(last).locator(".jp-Cell-outputWrapper")
     assert UNSOLVED.search(answer.inner_text()) and not SOLVED.search(answer.inner_text())
-    unsolved = table.inner_text()
+    assert exercise.title in table.inner_text() and str(date.today()) not in table.inner_text()
 
-    notebook.type(stub, solution)
+    notebook.type(stub, exercise.solution)
     notebook.run(stub)
     notebook.run(check)
     assert SOLVED.search(answer.inner_text()) and not UNSOLVED.search(answer.inner_text())
     notebook.run(last)
     solved = table.inner_text()
-    assert name in solved and solved != unsolved
+    assert solved.count(str(date.today())) == 1, "one exercise is noted as solved"
 
     notebook.save()
     page.reload()
     notebook.wait_until_open()
     notebook.restart()
-    assert notebook.cell(stub).locator(".cm-content").inner_text().split() == solution.split(), "what was typed is kept"
+    assert notebook.cell(stub).locator(".cm-content").inner_text().split() == exercise.solution.split(), "what was typed is kept"
     notebook.run(last)
-    assert table.inner_text() == solved, "progress is kept"
+    assert notebook.cell(last).locator(".jp-InputPrompt").inner_text() == "[1]:", "a new kernel"
+    assert str(date.today()) in table.inner_text(), "progress is kept"
