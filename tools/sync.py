@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "nbs"
 INDEX = NOTEBOOKS / "index.ipynb"
 COST = re.compile(r"^\*Measured on 2 CPU cores: .*\*$", re.MULTILINE)
+VIEW = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}}
 
 
@@ -49,6 +50,14 @@ def cost(seconds: float, megabytes: float) -> str:
     return f"*Measured on 2 CPU cores: {max(step, step * round(seconds / step))} s, {megabytes / 1000:.1f} GB.*"
 
 
+def without_views(outputs: list) -> list:
+    """Outputs as a reader without a kernel needs them: where an image stands beside the view of a widget, the image."""
+    for output in outputs:
+        if "image/png" in output.get("data", {}):
+            output["data"].pop(VIEW, None)
+    return outputs
+
+
 def execute(name: str, path: Path) -> None:
     """Run the notebook and store outputs and cost in it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +67,7 @@ def execute(name: str, path: Path) -> None:
     outputs = {cell.id: cell.outputs for cell in executed.cells if cell.cell_type == "code"}
     for cell in source.cells:
         if cell.cell_type == "code":
-            cell.outputs = outputs[cell.id]
+            cell.outputs = without_views(outputs[cell.id])
         else:
             cell.source = COST.sub(cost(done.seconds, done.peak_memory), cell.source)
     nbformat.write(source, path)
