@@ -27,6 +27,7 @@ INDEX = NOTEBOOKS / "index.ipynb"
 COST = re.compile(r"^\*Measured on 2 CPU cores: .*\*$", re.MULTILINE)
 LINKS = re.compile(r"^\[Open in Colab\]\(.*$\n?", re.MULTILINE)
 BINDER_GIGABYTES = 1.7  # what a notebook may take on Binder, whose 2 GB hold JupyterLab too
+VIEW = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}}
 
 
@@ -91,6 +92,14 @@ def open_anywhere(path: Path, notebook: nbformat.NotebookNode) -> None:
     prose.source = COST.sub(f"{measured.group()}\n{line}", LINKS.sub("", prose.source)).strip()
 
 
+def without_views(outputs: list) -> list:
+    """Outputs as a reader without a kernel needs them: where an image stands beside the view of a widget, the image."""
+    for output in outputs:
+        if "image/png" in output.get("data", {}):
+            output["data"].pop(VIEW, None)
+    return outputs
+
+
 def execute(name: str, path: Path) -> None:
     """Run the notebook and store outputs and cost in it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +109,7 @@ def execute(name: str, path: Path) -> None:
     outputs = {cell.id: cell.outputs for cell in executed.cells if cell.cell_type == "code"}
     for cell in source.cells:
         if cell.cell_type == "code":
-            cell.outputs = outputs[cell.id]
+            cell.outputs = without_views(outputs[cell.id])
         else:
             cell.source = COST.sub(cost(done.seconds, done.peak_memory), cell.source)
     if path != INDEX:
