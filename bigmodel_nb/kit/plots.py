@@ -80,7 +80,7 @@ def show(
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
-    return Image(buffer.getvalue(), alt=alt)
+    return Image(buffer.getvalue(), metadata={"alt": alt})  # IPython 7, which Colab has, knows no `alt`
 
 # %% ../../nbs/00_kit/02_plots.ipynb #93f92732
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # of red, green and blue light
