@@ -6,7 +6,7 @@
 __all__ = ['Explorer', 'softmax_explorer', 'graph_explorer', 'descend', 'descent_explorer', 'attention_explorer',
            'attack_explorer', 'label_explorer']
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #b4292803
+# %% ../../nbs/00_kit/05_widgets.ipynb #f493b645
 import base64
 import operator
 import warnings
@@ -29,7 +29,7 @@ from traitlets import TraitError
 
 from .plots import COLORS, figure, limit_line, show
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #24f529b0
+# %% ../../nbs/00_kit/05_widgets.ipynb #74924ea9
 class Explorer(ipywidgets.VBox):
     "Named controls over a figure that is drawn anew whenever one of them moves; headless, a picture of its state."
 
@@ -84,7 +84,7 @@ class Explorer(ipywidgets.VBox):
     def __repr__(self) -> str:
         return f"Explorer({', '.join(f'{name}={value!r}' for name, value in self.values.items())})"
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #38cdbf88
+# %% ../../nbs/00_kit/05_widgets.ipynb #769f12d3
 def _redraw(explorer: Explorer) -> None:
     opened = set(plt.get_fignums())
     try:
@@ -113,7 +113,7 @@ def _redraw(explorer: Explorer) -> None:
         for number in set(plt.get_fignums()) - opened:
             plt.close(number)
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #3943f567
+# %% ../../nbs/00_kit/05_widgets.ipynb #70581318
 def _dress(control: ipywidgets.ValueWidget, name: str) -> None:
     control.description = control.description or name
     control.style.description_width = "8.5em"
@@ -158,7 +158,7 @@ def _allowed(control: ipywidgets.ValueWidget) -> str:
         return f"are {kind} from {low:g} to {high:g}"
     return f"is a value of type {type(control.value).__name__}"
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #ceb5841d
+# %% ../../nbs/00_kit/05_widgets.ipynb #6c8fceea
 def _number(value: float) -> str:
     return f"{value:.4g}"
 
@@ -167,7 +167,7 @@ def _literal(text: Any) -> str:
     "`text` as matplotlib shows it letter by letter: a dollar sign would begin a formula."
     return str(text).replace("$", r"\$")
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #8597856e
+# %% ../../nbs/00_kit/05_widgets.ipynb #8442c4a9
 def softmax_explorer(
     logits: Sequence[float] = (2.0, 0.5, -1.0),  # (class,) scores at the start, two or more
     labels: Sequence[str] | None = None,  # name of each class; default "class 0", "class 1" and so on
@@ -201,7 +201,7 @@ def softmax_explorer(
 
     return Explorer(draw, controls, layout_by=())
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #65f30193
+# %% ../../nbs/00_kit/05_widgets.ipynb #6bd670b4
 def _draw_softmax(
     labels: list[str], target: int, probability: list[float], loss: float, slope: list[float], temperature: float
 ) -> tuple[Figure, str]:
@@ -229,7 +229,7 @@ def _draw_softmax(
     return made, (f"At temperature {_number(temperature)} the target {labels[target]} has the loss {_number(loss)}"
                   f" nats. Probability and gradient: {said}. The gradients sum to zero.")
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #0e8a8447
+# %% ../../nbs/00_kit/05_widgets.ipynb #246df784
 class _Recorder(fx.Interpreter):
     "Runs a traced function and keeps, for each node, its value and the slopes of the arrows that enter it."
 
@@ -256,7 +256,7 @@ class _Recorder(fx.Interpreter):
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.numel() == 1
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #bc507443
+# %% ../../nbs/00_kit/05_widgets.ipynb #aafa6ddd
 def _record_graph(function: Callable, inputs: dict[str, Any]) -> tuple[list[fx.Node], dict, dict, dict]:
     "Nodes in the order of running, and by node: value, gradient of the result, slope of each arrow (from, to)."
     try:
@@ -290,7 +290,7 @@ def _record_graph(function: Callable, inputs: dict[str, Any]) -> tuple[list[fx.N
 def _shape(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #564097d0
+# %% ../../nbs/00_kit/05_widgets.ipynb #e5113c80
 def _places(nodes: list[fx.Node]) -> tuple[dict, dict]:
     "Place (column, row) of each node, and for each arrow (from, to) the places it runs through."
     column = {}
@@ -316,7 +316,7 @@ def _places(nodes: list[fx.Node]) -> tuple[dict, dict]:
     ways = {arrow: [place[each] for each in chain] for arrow, chain in chains.items()}
     return {node: place[node] for node in nodes}, ways
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #5e93a564
+# %% ../../nbs/00_kit/05_widgets.ipynb #5f9bc5f5
 _SIGNS = {operator.add: "+", operator.sub: "−", operator.mul: "×", operator.truediv: "÷", operator.pow: "^",
           operator.matmul: "@", torch.add: "+", torch.sub: "−", torch.mul: "×", torch.div: "÷", torch.pow: "^"}
 
@@ -343,7 +343,7 @@ def _shown(value: Any) -> str:
         return f"[{', '.join(_number(each) for each in value.flatten().tolist())}]"
     return f"{tuple(value.shape)}, length {_number(value.detach().double().norm().item())}"
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #752149fa
+# %% ../../nbs/00_kit/05_widgets.ipynb #df5f8b93
 def graph_explorer(
     function: Callable[..., Tensor],  # of torch operations; its result is a scalar; it does not branch on values
     **inputs: float | Tensor,  # the arguments of `function`, by name
@@ -376,7 +376,7 @@ def graph_explorer(
 
     return Explorer(draw, {"step": step}, [ipywidgets.HBox([buttons[0], step, buttons[1]])])
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #7ae01670
+# %% ../../nbs/00_kit/05_widgets.ipynb #ea9caa42
 def _told(phase: str, node: fx.Node | None, value: dict, gradient: dict, slope: dict) -> tuple[str, str, str]:
     "What a step finds, and where it comes from: as a formula and in words."
     if node is None:
@@ -393,7 +393,7 @@ def _told(phase: str, node: fx.Node | None, value: dict, gradient: dict, slope: 
     words = " plus ".join(f"{a} of {user.name} times {b}" for user, (a, b) in zip(users, factors))
     return found, f" = {terms}" if len(users) <= 3 else "", f", from {words}"
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #62ef2c6b
+# %% ../../nbs/00_kit/05_widgets.ipynb #c13f4f71
 def _lines(node: fx.Node, known: dict, slopes: dict) -> list[str]:
     "What is written into the box of a node."
     made_as = _made_as(node)
@@ -426,7 +426,7 @@ class _Plan:
         size = min(9.0, max(6.0, 0.76 * width * 72 / (0.6 * max(len(line) for text in texts for line in text))))
         return cls(place, arrows, down, size, max(len(text) for text in texts) * size * 1.35 / 72 / 0.66 + 0.06)
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #89da23fd
+# %% ../../nbs/00_kit/05_widgets.ipynb #fa45b24d
 def _draw_graph(title: str, plan: _Plan, known: dict, slopes: dict, phase: str, current: fx.Node | None) -> Figure:
     points = [point for chain in [*plan.arrows.values(), list(plan.place.values())] for point in chain]
     (left, top), (right, bottom) = np.min(points, axis=0), np.max(points, axis=0)
@@ -452,7 +452,7 @@ def _draw_graph(title: str, plan: _Plan, known: dict, slopes: dict, phase: str, 
         axes.text(x, y, text, ha="center", va="center", fontsize=plan.size, linespacing=1.3)
     return made
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #855b1bd4
+# %% ../../nbs/00_kit/05_widgets.ipynb #e2138da9
 def descend(
     loss: Callable[[Tensor, Tensor], Tensor],  # loss(x, y) of two scalars, a torch function
     start: tuple[float, float],  # where the walk begins
@@ -475,7 +475,7 @@ def descend(
         place = place - rate * speed
     return np.array(places), np.array(losses)
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #efad828c
+# %% ../../nbs/00_kit/05_widgets.ipynb #3dc56689
 def descent_explorer(
     loss: Callable[[Tensor, Tensor], Tensor],  # loss(x, y), element by element, a torch function
     start: tuple[float, float],  # where each walk begins
@@ -517,7 +517,7 @@ def descent_explorer(
 
     return Explorer(draw, controls)
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #bf0f9c6c
+# %% ../../nbs/00_kit/05_widgets.ipynb #6f3f8596
 def _draw_descent(
     surface: tuple, across: tuple, places: np.ndarray, losses: np.ndarray, rate: float, momentum: float
 ) -> tuple[Figure, str]:
@@ -541,7 +541,7 @@ def _draw_descent(
     left.annotate("start", places[0], xytext=(6, 6), textcoords="offset points")
     left.set(xlim=across[0], ylim=across[1], xlabel="x", ylabel="y")
     shown = losses[np.isfinite(losses)]
-    if (shown > 0).all():
+    if (shown > 0).all() and shown.max() > 30 * shown.min():
         right.set_yscale("log")
         right.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if not 1e-2 <= value < 1e4 else f"{value:g}")
         right.yaxis.set_minor_formatter(lambda value, _: "")
@@ -552,7 +552,7 @@ def _draw_descent(
     where = ", ".join(_number(each) for each in places[-1])
     return made, f"Learning rate {_number(rate)}, momentum {_number(momentum)}. {title}; the walk ends at ({where})."
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #42ee481d
+# %% ../../nbs/00_kit/05_widgets.ipynb #f60f829e
 @contextmanager
 def _watched(model: nn.Module):
     "Evaluation mode, no gradient, and the plain form of attention where there is a choice; afterwards as before."
@@ -571,7 +571,7 @@ def _watched(model: nn.Module):
         for each, training in modes:
             each.training = training
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #4daf8b48
+# %% ../../nbs/00_kit/05_widgets.ipynb #600132b4
 def _attend(model: nn.Module, tokenizer: Any, text: str, max_tokens: int) -> tuple[list[str], np.ndarray, bool]:
     "Tokens, attention (layer, head, time, time), and whether the text was cut."
     if not text.strip():
@@ -592,7 +592,7 @@ def _attend(model: nn.Module, tokenizer: Any, text: str, max_tokens: int) -> tup
     words = [word[:16] for word in tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].tolist())]
     return words, torch.stack([each[0].float().cpu() for each in weights]).numpy(), cut
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #48225701
+# %% ../../nbs/00_kit/05_widgets.ipynb #e8c25351
 def attention_explorer(
     model: nn.Module,  # an encoder of transformers; left as it was
     tokenizer: Any,  # its tokenizer
@@ -626,7 +626,7 @@ def attention_explorer(
 
     return Explorer(draw, controls, layout_by=("text",))
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #1c9c909c
+# %% ../../nbs/00_kit/05_widgets.ipynb #c4f956dd
 def _draw_attention(words: list[str], weights: np.ndarray, name: str, cut: str) -> tuple[Figure, str]:
     most = weights.mean(0).argmax()
     title = f"{name}: most looks go to {words[most]}, {weights.mean(0)[most]:.0%} of all{cut}"
@@ -646,7 +646,7 @@ def _draw_attention(words: list[str], weights: np.ndarray, name: str, cut: str) 
                           for row, column in enumerate(weights.argmax(1)))
     return made, f"Attention of {title}. Each token looks most: {strongest}."
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #5dad800f
+# %% ../../nbs/00_kit/05_widgets.ipynb #4a879cec
 def attack_explorer(
     model: nn.Module,  # gives logits (batch, class)
     images: Tensor,  # (batch, channel, height, width), values in [0, 1]
@@ -692,7 +692,7 @@ def attack_explorer(
     explorer = Explorer(draw, controls, layout_by=())
     return explorer
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #7446805e
+# %% ../../nbs/00_kit/05_widgets.ipynb #f3799aa7
 def _draw_attack(
     clean: Tensor, found: Tensor, curve: Tensor, target: int, name: Callable[[int], str], ball: str
 ) -> tuple[Figure, str]:
@@ -720,7 +720,7 @@ def _draw_attack(
                   f" {_number(curve[-1, rival].item())}. Radius {ball}: largest change of a pixel"
                   f" {_number(change.abs().max().item())}, length {_number(change.norm().item())}.")
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #cf7e20cd
+# %% ../../nbs/00_kit/05_widgets.ipynb #a372add5
 def label_explorer(
     results: pd.DataFrame,  # columns labels, method, value, low, high: a row a method and number of labels
     measure: str = "accuracy",  # what the values are
@@ -747,7 +747,7 @@ def label_explorer(
     slider = ipywidgets.SelectionSlider(options=counts, value=counts[len(counts) // 2])
     return Explorer(lambda labels: _draw_labels(rows, labels, measure), {"labels": slider}, layout_by=())
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #5ead2824
+# %% ../../nbs/00_kit/05_widgets.ipynb #1c02bba7
 def _draw_labels(rows: pd.DataFrame, labels: int, measure: str) -> tuple[Figure, str]:
     methods = list(rows["method"].unique())
     here = rows[rows["labels"] == labels].set_index("method")
