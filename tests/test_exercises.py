@@ -243,3 +243,11 @@ def test_values_are_shown_in_a_few_words():
     assert show_value(torch.ones(2, 3)) == "a tensor of shape (2, 3)" and show_value(np.ones((2, 3))) == "an array of shape (2, 3)"
     assert show_value([torch.ones(2, 3)] * 4) == "a list of 4: a tensor of shape (2, 3), a tensor of shape (2, 3), …"
     assert show_value(torch.tensor(1 / 3)) == "0.333333" and show_value("x" * 99).startswith("a str: 'xxx")
+
+
+def test_arguments_have_the_names_of_whoever_takes_them(lesson):
+    path = lesson(solution="def double(x):\n    return x + x")
+    assert "`x` = 'ab'" in asked(path, lambda x: x, inputs=lambda: "ab").message
+    assert "`letters` = 'ab'" in asked(path, lambda y: y, inputs=lambda: "ab", measure=lambda made, letters: made(letters)).message
+    long = "a = 1\n" * 20
+    assert f"\n~~~\n{long}\n~~~\n" in asked(path, lambda x: x, inputs=lambda: long).message

@@ -303,7 +303,7 @@ def judge(
     answer: Any,  # the learner's function or class
     names: Callable[[], Mapping[str, Any]],  # gives the names among which solution and mistakes run
     inputs: Callable[[], tuple],  # draws the arguments of one case, from random generators that the check has seeded
-    measure: Callable | None = None,  # what to compare, from the answer and its arguments; default: what it returns
+    measure: Callable | None = None,  # what to compare, from answer and arguments; default: what it returns, not None
     cases: int = 5,  # how many are drawn
     tolerance: float | None = None,  # see `difference`
     seed: int | None = None,  # of the cases; default: another one each time
@@ -325,7 +325,8 @@ def judge(
             same = partial(_same_everywhere, answer, drawn=drawn, measure=measure, tolerance=tolerance, seed=seed)
             mistakes = ((said, _defined(source, exercise.name, known)) for said, source in exercise.mistakes)
             said = next((f"{sentence}\n\n" for sentence, wrong in mistakes if same(wrong)), "")
-            where = f"Case {place + 1} of {cases}, {_arguments(answer, case)}: {found}."
+            named = _arguments(answer, 0, case) if measure is None else _arguments(measure, 1, case)
+            where = f"Case {place + 1} of {cases}, {named}: {found}.{_whole(case)}"
             again = f"To reread: “{exercise.reread}”. To see the same cases again, add `seed={seed}`."
             return Verdict("wrong", f"{said}{where} {again}")
     return Verdict("solved", f"`{exercise.name}` is right in all of {cases} random cases.")
@@ -346,12 +347,18 @@ def _same_everywhere(answer: Any, other: Any, drawn: list, measure: Any, toleran
     return True
 
 
-def _arguments(answer: Any, case: tuple) -> str:
-    "The arguments of a case by name, in a few words."
+def _arguments(function: Callable, skip: int, case: tuple) -> str:
+    "The arguments of a case, by the names that `function` gives them after its first `skip`, in a few words."
+    named = [(f"argument {place + 1}", value) for place, value in enumerate(case)]
     with suppress(TypeError, ValueError):
-        named = inspect.signature(answer).bind(*case).arguments
-        return ", ".join(f"`{name}` = {show_value(value)}" for name, value in named.items())
-    return ", ".join(map(show_value, case))
+        bound = inspect.signature(function).bind(*[None] * skip, *case).arguments
+        named = [(f"`{name}`", value) for name, value in list(bound.items())[skip:]]
+    return ", ".join(f"{name} = {show_value(value)}" for name, value in named)
+
+
+def _whole(case: tuple) -> str:
+    "Texts among the arguments that a few words cannot show, each in a block."
+    return "".join(f"\n\n~~~\n{text}\n~~~\n\n" for text in case if isinstance(text, str) and len(text) > 60)
 
 # %% ../../nbs/00_kit/04_exercises.ipynb #141f633a
 def progress_folder() -> Path:
@@ -399,7 +406,7 @@ def check(
     notebook: str,  # a name of the course, such as "foundations/losses", or the path of a notebook
     name: str,  # the function or class that the exercise asks for, as the caller has it
     inputs: Callable[[], tuple],  # draws the arguments of one case; random numbers are seeded before each
-    measure: Callable | None = None,  # what to compare, from the answer and its arguments; default: what it returns
+    measure: Callable | None = None,  # what to compare, from answer and arguments; default: what it returns, not None
     cases: int = 5,  # how many are drawn
     tolerance: float | None = None,  # see `difference`
     seed: int | None = None,  # of the cases; default: another one each time
