@@ -236,3 +236,10 @@ def test_kinds_of_numbers_are_told_apart_where_it_matters():
     assert difference(torch.tensor([float("nan")]), torch.tensor([float("nan")])) is None
     assert difference(torch.tensor([1, 2]), torch.tensor([1, 3])) == "came 2, expected 3 at [1]"
     assert "keys a" in difference({}, {"a": 1}) and difference({"a": 1}, {"a": 1}) is None
+
+
+def test_values_are_shown_in_a_few_words():
+    assert show_value(torch.tensor([0.1, 0.25])) == "[0.1, 0.25]" and show_value(np.arange(3)) == "[0, 1, 2]"
+    assert show_value(torch.ones(2, 3)) == "a tensor of shape (2, 3)" and show_value(np.ones((2, 3))) == "an array of shape (2, 3)"
+    assert show_value([torch.ones(2, 3)] * 4) == "a list of 4: a tensor of shape (2, 3), a tensor of shape (2, 3), …"
+    assert show_value(torch.tensor(1 / 3)) == "0.333333" and show_value("x" * 99).startswith("a str: 'xxx")

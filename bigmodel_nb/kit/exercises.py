@@ -232,16 +232,24 @@ def show_value(
     value: Any,  # anything
 ) -> str:
     "A value in a few words: a small one as it is, a large one by its kind and shape."
-    if hasattr(value, "shape") and getattr(value, "size", 1) != 1 and len(value.shape):
-        small = np.size(_plain(value)) <= 8 and len(value.shape) == 1
-        if small:
-            return str(np.round(_plain(value), 4).tolist())
-        return f"{_a('tensor' if hasattr(value, 'detach') else type(value).__name__)} of shape {tuple(value.shape)}"
+    if _is_array(value):
+        plain = _plain(value)
+        if plain.ndim == 1 and plain.size <= 8:
+            return str(np.round(plain.astype(float), 4).tolist() if plain.dtype.kind == "f" else plain.tolist())
+        kind = "a tensor" if hasattr(value, "detach") else _a(type(value).__name__.replace("ndarray", "array"))
+        return f"{kind} of shape {tuple(value.shape)}"
+    if isinstance(value, (list, tuple)) and any(map(_is_array, value)):
+        more = ", …" if len(value) > 2 else ""
+        return f"{_a(type(value).__name__)} of {len(value)}: {', '.join(map(show_value, value[:2]))}{more}"
     value = _plain(value)
-    if isinstance(value, (np.ndarray, np.generic)) and np.size(value) == 1:
-        value = np.asarray(value).item()
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 60 else f"{_a(type(value).__name__)}: {text[:50]}…"
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and len(value.shape) > 0
 
 # %% ../../nbs/00_kit/04_exercises.ipynb #f7e458c9
 _TITLES = {"empty": "Nothing to check yet", "wrong": "Not yet", "solved": "Solved", "broken": "No verdict"}

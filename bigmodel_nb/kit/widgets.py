@@ -6,7 +6,7 @@
 __all__ = ['Explorer', 'softmax_explorer', 'graph_explorer', 'descend', 'descent_explorer', 'attention_explorer',
            'attack_explorer', 'label_explorer']
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #58c63b25
+# %% ../../nbs/00_kit/05_widgets.ipynb #f493b645
 import base64
 import operator
 import warnings
@@ -29,7 +29,7 @@ from traitlets import TraitError
 
 from .plots import COLORS, figure, limit_line, show
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #8985cc2b
+# %% ../../nbs/00_kit/05_widgets.ipynb #74924ea9
 class Explorer(ipywidgets.VBox):
     "Named controls over a figure that is drawn anew whenever one of them moves; headless, a picture of its state."
 
@@ -41,7 +41,7 @@ class Explorer(ipywidgets.VBox):
         layout_by: Sequence[str] | None = None,  # controls that may move the axes, if not all: others redraw quicker
     ):
         self.controls, self._draw, self._layout_by = dict(controls), draw, layout_by
-        self._boxes, self._held, self._place = {}, False, ipywidgets.HTML()
+        self._places, self._held, self._place = {}, False, ipywidgets.HTML()
         for name, control in self.controls.items():
             _dress(control, name)
         super().__init__([*(self.controls.values() if rows is None else rows), self._place])
@@ -59,18 +59,8 @@ class Explorer(ipywidgets.VBox):
 
     def set(self, **values: Any) -> None:
         "Move controls by name, all or none. Raises `ValueError` for a name or value that there is not."
-        unknown = sorted(set(values) - set(self.controls))
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is no control; allowed are {', '.join(self.controls)}")
-        before = self.values
         with self._still():
-            try:
-                for name in (name for name in self.controls if name in values):
-                    _assign(name, self.controls[name], values[name])
-            except ValueError:
-                for name, value in before.items():
-                    self.controls[name].value = value
-                raise
+            _move(self.controls, values)
         self._redraw()
 
     @contextmanager
@@ -94,7 +84,7 @@ class Explorer(ipywidgets.VBox):
     def __repr__(self) -> str:
         return f"Explorer({', '.join(f'{name}={value!r}' for name, value in self.values.items())})"
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #d8bcdef0
+# %% ../../nbs/00_kit/05_widgets.ipynb #769f12d3
 def _redraw(explorer: Explorer) -> None:
     opened = set(plt.get_fignums())
     try:
@@ -103,13 +93,14 @@ def _redraw(explorer: Explorer) -> None:
             values = explorer.values
             made, explorer.alt = explorer._draw(**values)
             state = None if explorer._layout_by is None else tuple(values[name] for name in explorer._layout_by)
-            if state in explorer._boxes:
+            if state in explorer._places:
                 made.set_layout_engine("none")
-                for axes, box in zip(made.axes, explorer._boxes[state]):
-                    axes.set_position(box)
+                for part, place in zip([*made.axes, *made.texts], explorer._places[state]):
+                    part.set_position(place)
             explorer.picture, explorer.error = show(made, explorer.alt).data, None
         if state is not None:
-            explorer._boxes = {state: [axes.get_position(original=True) for axes in made.axes]}
+            explorer._places = {state: [*(axes.get_position(original=True) for axes in made.axes),
+                                        *(text.get_position() for text in made.texts)]}
         width, height = (int(side) for side in made.get_size_inches() * made.dpi)
         source = f"data:image/png;base64,{base64.b64encode(explorer.picture).decode()}"
         shape = f'width="{width}" height="{height}" style="max-width: 100%; height: auto"'
@@ -122,13 +113,27 @@ def _redraw(explorer: Explorer) -> None:
         for number in set(plt.get_fignums()) - opened:
             plt.close(number)
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #a6d83c0a
+# %% ../../nbs/00_kit/05_widgets.ipynb #70581318
 def _dress(control: ipywidgets.ValueWidget, name: str) -> None:
     control.description = control.description or name
     control.style.description_width = "8.5em"
     control.layout.width = control.layout.width or "min(36em, 100%)"
     if control.has_trait("continuous_update"):
         control.continuous_update = True
+
+
+def _move(controls: dict[str, ipywidgets.ValueWidget], values: dict[str, Any]) -> None:
+    unknown = sorted(set(values) - set(controls))
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is no control; allowed are {', '.join(controls)}")
+    before = {name: control.value for name, control in controls.items()}
+    try:
+        for name in (name for name in controls if name in values):
+            _assign(name, controls[name], values[name])
+    except ValueError:
+        for name, value in before.items():
+            controls[name].value = value
+        raise
 
 
 def _assign(name: str, control: ipywidgets.ValueWidget, value: Any) -> None:
@@ -153,7 +158,7 @@ def _allowed(control: ipywidgets.ValueWidget) -> str:
         return f"are {kind} from {low:g} to {high:g}"
     return f"is a value of type {type(control.value).__name__}"
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #dccfdbe5
+# %% ../../nbs/00_kit/05_widgets.ipynb #6c8fceea
 def _number(value: float) -> str:
     return f"{value:.4g}"
 
@@ -162,7 +167,7 @@ def _literal(text: Any) -> str:
     "`text` as matplotlib shows it letter by letter: a dollar sign would begin a formula."
     return str(text).replace("$", r"\$")
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #fdfd73e3
+# %% ../../nbs/00_kit/05_widgets.ipynb #8442c4a9
 def softmax_explorer(
     logits: Sequence[float] = (2.0, 0.5, -1.0),  # (class,) scores at the start, two or more
     labels: Sequence[str] | None = None,  # name of each class; default "class 0", "class 1" and so on
@@ -192,13 +197,13 @@ def softmax_explorer(
         loss = nn.functional.cross_entropy(z / temperature, torch.tensor(target))
         (slope,) = torch.autograd.grad(loss, z)
         probability = torch.softmax(z.detach() / temperature, 0)
-        return _draw_softmax(labels, target, probability, loss.item(), slope, temperature)
+        return _draw_softmax(labels, target, probability.tolist(), loss.item(), slope.tolist(), temperature)
 
     return Explorer(draw, controls, layout_by=())
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #a0e7f31e
+# %% ../../nbs/00_kit/05_widgets.ipynb #6bd670b4
 def _draw_softmax(
-    labels: list[str], target: int, probability: Tensor, loss: float, slope: Tensor, temperature: float
+    labels: list[str], target: int, probability: list[float], loss: float, slope: list[float], temperature: float
 ) -> tuple[Figure, str]:
     title = f"The target gets {probability[target]:.1%}, so the loss is {loss:.3f} nats"
     made, (left, right) = figure(title, 1, 2, height=1.2 + 0.33 * len(labels), sharey=True)
@@ -210,7 +215,7 @@ def _draw_softmax(
     left.set_yticks(places, [_literal(name) for name in labels])
     left.set(xlim=(0, 1.5), xlabel="probability", ylim=(len(labels) - 0.4, -0.6), xticks=[0, 0.5, 1])
     unit, signs = max(1.0, 1 / temperature), ["lower" if each > 0 else "raise" for each in slope]
-    for place, value, sign in zip(places, slope.tolist(), signs):
+    for place, value, sign in zip(places, slope, signs):
         color, hatch = (COLORS["failure"], None) if value > 0 else (COLORS["light"], "///")
         right.barh(place, value, color=color, hatch=hatch, edgecolor="black", linewidth=0.6)
         side = 1 if value > 0 else -1
@@ -220,11 +225,11 @@ def _draw_softmax(
     right.set(xlim=(-2.6 * unit, 2.6 * unit), xlabel="gradient in each logit (sum 0)")
     right.tick_params(axis="y", length=0)
     said = "; ".join(f"{name} {_number(p)}, gradient {_number(g)}, {sign}"
-                     for name, p, g, sign in zip(labels, probability.tolist(), slope.tolist(), signs))
+                     for name, p, g, sign in zip(labels, probability, slope, signs))
     return made, (f"At temperature {_number(temperature)} the target {labels[target]} has the loss {_number(loss)}"
                   f" nats. Probability and gradient: {said}. The gradients sum to zero.")
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #17cfa719
+# %% ../../nbs/00_kit/05_widgets.ipynb #246df784
 class _Recorder(fx.Interpreter):
     "Runs a traced function and keeps, for each node, its value and the slopes of the arrows that enter it."
 
@@ -251,7 +256,7 @@ class _Recorder(fx.Interpreter):
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.numel() == 1
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #ff5c6cfc
+# %% ../../nbs/00_kit/05_widgets.ipynb #aafa6ddd
 def _record_graph(function: Callable, inputs: dict[str, Any]) -> tuple[list[fx.Node], dict, dict, dict]:
     "Nodes in the order of running, and by node: value, gradient of the result, slope of each arrow (from, to)."
     try:
@@ -285,7 +290,7 @@ def _record_graph(function: Callable, inputs: dict[str, Any]) -> tuple[list[fx.N
 def _shape(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #df9b78e0
+# %% ../../nbs/00_kit/05_widgets.ipynb #e5113c80
 def _places(nodes: list[fx.Node]) -> tuple[dict, dict]:
     "Place (column, row) of each node, and for each arrow (from, to) the places it runs through."
     column = {}
@@ -311,7 +316,7 @@ def _places(nodes: list[fx.Node]) -> tuple[dict, dict]:
     ways = {arrow: [place[each] for each in chain] for arrow, chain in chains.items()}
     return {node: place[node] for node in nodes}, ways
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #a55e853d
+# %% ../../nbs/00_kit/05_widgets.ipynb #5f9bc5f5
 _SIGNS = {operator.add: "+", operator.sub: "−", operator.mul: "×", operator.truediv: "÷", operator.pow: "^",
           operator.matmul: "@", torch.add: "+", torch.sub: "−", torch.mul: "×", torch.div: "÷", torch.pow: "^"}
 
@@ -338,7 +343,7 @@ def _shown(value: Any) -> str:
         return f"[{', '.join(_number(each) for each in value.flatten().tolist())}]"
     return f"{tuple(value.shape)}, length {_number(value.detach().double().norm().item())}"
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #5af205f5
+# %% ../../nbs/00_kit/05_widgets.ipynb #df5f8b93
 def graph_explorer(
     function: Callable[..., Tensor],  # of torch operations; its result is a scalar; it does not branch on values
     **inputs: float | Tensor,  # the arguments of `function`, by name
@@ -371,7 +376,7 @@ def graph_explorer(
 
     return Explorer(draw, {"step": step}, [ipywidgets.HBox([buttons[0], step, buttons[1]])])
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #1a41254e
+# %% ../../nbs/00_kit/05_widgets.ipynb #ea9caa42
 def _told(phase: str, node: fx.Node | None, value: dict, gradient: dict, slope: dict) -> tuple[str, str, str]:
     "What a step finds, and where it comes from: as a formula and in words."
     if node is None:
@@ -388,7 +393,7 @@ def _told(phase: str, node: fx.Node | None, value: dict, gradient: dict, slope: 
     words = " plus ".join(f"{a} of {user.name} times {b}" for user, (a, b) in zip(users, factors))
     return found, f" = {terms}" if len(users) <= 3 else "", f", from {words}"
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #954ef0a0
+# %% ../../nbs/00_kit/05_widgets.ipynb #c13f4f71
 def _lines(node: fx.Node, known: dict, slopes: dict) -> list[str]:
     "What is written into the box of a node."
     made_as = _made_as(node)
@@ -421,7 +426,7 @@ class _Plan:
         size = min(9.0, max(6.0, 0.76 * width * 72 / (0.6 * max(len(line) for text in texts for line in text))))
         return cls(place, arrows, down, size, max(len(text) for text in texts) * size * 1.35 / 72 / 0.66 + 0.06)
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #fed3f673
+# %% ../../nbs/00_kit/05_widgets.ipynb #fa45b24d
 def _draw_graph(title: str, plan: _Plan, known: dict, slopes: dict, phase: str, current: fx.Node | None) -> Figure:
     points = [point for chain in [*plan.arrows.values(), list(plan.place.values())] for point in chain]
     (left, top), (right, bottom) = np.min(points, axis=0), np.max(points, axis=0)
@@ -447,7 +452,7 @@ def _draw_graph(title: str, plan: _Plan, known: dict, slopes: dict, phase: str, 
         axes.text(x, y, text, ha="center", va="center", fontsize=plan.size, linespacing=1.3)
     return made
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #5ede87aa
+# %% ../../nbs/00_kit/05_widgets.ipynb #e2138da9
 def descend(
     loss: Callable[[Tensor, Tensor], Tensor],  # loss(x, y) of two scalars, a torch function
     start: tuple[float, float],  # where the walk begins
@@ -470,7 +475,7 @@ def descend(
         place = place - rate * speed
     return np.array(places), np.array(losses)
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #509910e4
+# %% ../../nbs/00_kit/05_widgets.ipynb #3dc56689
 def descent_explorer(
     loss: Callable[[Tensor, Tensor], Tensor],  # loss(x, y), element by element, a torch function
     start: tuple[float, float],  # where each walk begins
@@ -498,7 +503,7 @@ def descent_explorer(
     finite = height[height.isfinite()]
     if finite.unique().numel() < 2:
         raise ValueError("loss is the same everywhere in the picture; allowed is one that has a slope")
-    levels = np.unique(np.quantile(finite.numpy(), np.linspace(0.02, 0.98, 13)))
+    levels = np.unique(np.quantile(finite.numpy(), np.linspace(0.02, 0.98, 9)))
     surface = (x.numpy(), y.numpy(), height.numpy(), levels)
     controls = {
         "rate": ipywidgets.FloatLogSlider(rate, min=-3, max=1, step=0.02, description="learning rate"),
@@ -512,7 +517,7 @@ def descent_explorer(
 
     return Explorer(draw, controls)
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #2988b1d7
+# %% ../../nbs/00_kit/05_widgets.ipynb #6f3f8596
 def _draw_descent(
     surface: tuple, across: tuple, places: np.ndarray, losses: np.ndarray, rate: float, momentum: float
 ) -> tuple[Figure, str]:
@@ -520,8 +525,8 @@ def _draw_descent(
     diverges = not (np.isfinite(last) and last <= first)
     ending = f"the loss goes from {_number(first)} to {_number(last)}"
     if diverges:
-        ending = f"it diverges: the loss goes from {_number(first)} up to {_number(last)}"
-        ending = ending.replace("up to nan", "to a value that is no number")
+        end = "to a value that is no number" if np.isnan(last) else f"up to {_number(last).replace('inf', 'infinity')}"
+        ending = f"it diverges: the loss goes from {_number(first)} {end}"
     title = f"After {steps} step{'' if steps == 1 else 's'} {ending}"
     made, (left, right) = figure(title, 1, 2, height=2.9, width_ratios=(1.25, 1))
     made.set_layout_engine(None)  # the places of the axes are known, and finding them costs time
@@ -536,7 +541,7 @@ def _draw_descent(
     left.annotate("start", places[0], xytext=(6, 6), textcoords="offset points")
     left.set(xlim=across[0], ylim=across[1], xlabel="x", ylabel="y")
     shown = losses[np.isfinite(losses)]
-    if (shown > 0).all():
+    if (shown > 0).all() and shown.max() > 30 * shown.min():
         right.set_yscale("log")
         right.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if not 1e-2 <= value < 1e4 else f"{value:g}")
         right.yaxis.set_minor_formatter(lambda value, _: "")
@@ -547,7 +552,7 @@ def _draw_descent(
     where = ", ".join(_number(each) for each in places[-1])
     return made, f"Learning rate {_number(rate)}, momentum {_number(momentum)}. {title}; the walk ends at ({where})."
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #ead283ac
+# %% ../../nbs/00_kit/05_widgets.ipynb #f60f829e
 @contextmanager
 def _watched(model: nn.Module):
     "Evaluation mode, no gradient, and the plain form of attention where there is a choice; afterwards as before."
@@ -566,7 +571,7 @@ def _watched(model: nn.Module):
         for each, training in modes:
             each.training = training
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #65a8d2c3
+# %% ../../nbs/00_kit/05_widgets.ipynb #600132b4
 def _attend(model: nn.Module, tokenizer: Any, text: str, max_tokens: int) -> tuple[list[str], np.ndarray, bool]:
     "Tokens, attention (layer, head, time, time), and whether the text was cut."
     if not text.strip():
@@ -587,7 +592,7 @@ def _attend(model: nn.Module, tokenizer: Any, text: str, max_tokens: int) -> tup
     words = [word[:16] for word in tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].tolist())]
     return words, torch.stack([each[0].float().cpu() for each in weights]).numpy(), cut
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #96f787a1
+# %% ../../nbs/00_kit/05_widgets.ipynb #e8c25351
 def attention_explorer(
     model: nn.Module,  # an encoder of transformers; left as it was
     tokenizer: Any,  # its tokenizer
@@ -621,7 +626,7 @@ def attention_explorer(
 
     return Explorer(draw, controls, layout_by=("text",))
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #4b781ee2
+# %% ../../nbs/00_kit/05_widgets.ipynb #c4f956dd
 def _draw_attention(words: list[str], weights: np.ndarray, name: str, cut: str) -> tuple[Figure, str]:
     most = weights.mean(0).argmax()
     title = f"{name}: most looks go to {words[most]}, {weights.mean(0)[most]:.0%} of all{cut}"
@@ -641,7 +646,7 @@ def _draw_attention(words: list[str], weights: np.ndarray, name: str, cut: str) 
                           for row, column in enumerate(weights.argmax(1)))
     return made, f"Attention of {title}. Each token looks most: {strongest}."
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #1d67b06f
+# %% ../../nbs/00_kit/05_widgets.ipynb #4a879cec
 def attack_explorer(
     model: nn.Module,  # gives logits (batch, class)
     images: Tensor,  # (batch, channel, height, width), values in [0, 1]
@@ -687,7 +692,7 @@ def attack_explorer(
     explorer = Explorer(draw, controls, layout_by=())
     return explorer
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #6c8ab6a0
+# %% ../../nbs/00_kit/05_widgets.ipynb #f3799aa7
 def _draw_attack(
     clean: Tensor, found: Tensor, curve: Tensor, target: int, name: Callable[[int], str], ball: str
 ) -> tuple[Figure, str]:
@@ -700,13 +705,13 @@ def _draw_attack(
              (found, f"read as {name(after)} {'✓' if after == target else '✗'}"))
     for number, (each, (part, said)) in enumerate(zip(axes, parts)):
         gray = {"cmap": "PuOr" if number == 1 else "gray_r"} if len(part) == 1 else {}
-        each.imshow(part.permute(1, 2, 0).squeeze(-1).clamp(0, 1), vmin=0, vmax=1, interpolation="nearest", **gray)
+        each.imshow(part.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy(), vmin=0, vmax=1, interpolation="nearest", **gray)
         each.set(xticks=[], yticks=[], xlabel=_literal(said))
         each.spines[:].set(visible=True, color="0.6")
     last, share = axes[3], np.linspace(0, 1, len(curve))
-    last.plot(share, curve[:, target], color=COLORS["ours"], label=_literal(f"true: {name(target)}"))
+    last.plot(share, curve[:, target].numpy(), color=COLORS["ours"], label=_literal(f"true: {name(target)}"))
     rival = after if after != target else curve[-1].index_fill(0, torch.tensor([target]), -1).argmax().item()
-    last.plot(share, curve[:, rival], color=COLORS["failure"], ls="--", label=_literal(f"{name(rival)}"))
+    last.plot(share, curve[:, rival].numpy(), color=COLORS["failure"], ls="--", label=_literal(f"{name(rival)}"))
     last.set(ylim=(-0.03, 1.03), xlabel="share of the change", ylabel="probability")
     last.set(xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     last.legend(loc="center left", fontsize=8, handlelength=1.4, frameon=False)
@@ -715,7 +720,7 @@ def _draw_attack(
                   f" {_number(curve[-1, rival].item())}. Radius {ball}: largest change of a pixel"
                   f" {_number(change.abs().max().item())}, length {_number(change.norm().item())}.")
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #5dcdc8c6
+# %% ../../nbs/00_kit/05_widgets.ipynb #a372add5
 def label_explorer(
     results: pd.DataFrame,  # columns labels, method, value, low, high: a row a method and number of labels
     measure: str = "accuracy",  # what the values are
@@ -742,7 +747,7 @@ def label_explorer(
     slider = ipywidgets.SelectionSlider(options=counts, value=counts[len(counts) // 2])
     return Explorer(lambda labels: _draw_labels(rows, labels, measure), {"labels": slider}, layout_by=())
 
-# %% ../../nbs/00_kit/05_widgets.ipynb #2e21f6b9
+# %% ../../nbs/00_kit/05_widgets.ipynb #1c02bba7
 def _draw_labels(rows: pd.DataFrame, labels: int, measure: str) -> tuple[Figure, str]:
     methods = list(rows["method"].unique())
     here = rows[rows["labels"] == labels].set_index("method")
@@ -753,19 +758,19 @@ def _draw_labels(rows: pd.DataFrame, labels: int, measure: str) -> tuple[Figure,
     beside = ", its interval apart from the others" if apart else ", in an interval that overlaps another"
     title = f"With {labels} labels {best} is highest: {here.value[best]:.3f}{beside if len(here) > 1 else ''}"
     made, axes = figure(_literal(title), height=3.2, grid=True)
-    for name, color, mark in zip(methods, list(COLORS.values()), "osD^vP"):
-        part = rows[rows["method"] == name]
-        style = {"color": color, "marker": mark}
-        axes.plot(part["labels"], part["value"], ms=4, label=_literal(f"{name}: {said[name]}"), **style)
-        axes.fill_between(part["labels"], part["low"], part["high"], color=color, alpha=0.15, lw=0)
+    for number, (name, color, mark) in enumerate(zip(methods, list(COLORS.values()), "osD^vP")):
+        part, style = rows[rows["method"] == name], {"color": color, "marker": mark}
+        aside = 1.03 ** (number - (len(methods) - 1) / 2)  # beside each other, where intervals overlap
+        bars = [part["value"] - part["low"], part["high"] - part["value"]]
+        axes.errorbar(aside * part["labels"], part["value"], bars, ms=4, lw=1.5, elinewidth=1, **style,
+                      label=_literal(f"{name}: {said[name]}"))
         if name in here.index:
-            value, low, high = here.loc[name, ["value", "low", "high"]]
-            axes.errorbar(labels, value, [[value - low], [high - value]], ms=8, capsize=4, lw=1.8, **style)
+            axes.plot(aside * labels, here.value[name], ms=9, **style)
     axes.set_xscale("log", base=2)
     counts = sorted(rows["labels"].unique())
     axes.set_xticks(counts, [str(int(each)) for each in counts])
     axes.minorticks_off()
     limit_line(axes, labels, "", along="y")
-    axes.set(xlabel="number of labels (bands and bars: the intervals given; dashed: chosen)", ylabel=measure)
+    axes.set(xlabel="number of labels (bars: the intervals given; dashed: chosen)", ylabel=measure)
     made.legend(loc="outside lower left", fontsize=9, frameon=False)
     return made, f"{title}. " + "; ".join(f"{name} {text}" for name, text in said.items()) + "."
