@@ -116,6 +116,7 @@ def _redraw(explorer: Explorer) -> None:
 # %% ../../nbs/00_kit/05_widgets.ipynb #70581318
 def _dress(control: ipywidgets.ValueWidget, name: str) -> None:
     control.description = control.description or name
+    control.tooltip = control.tooltip or control.description  # else a page shows "null"
     control.style.description_width = "8.5em"
     control.layout.width = control.layout.width or "min(36em, 100%)"
     if control.has_trait("continuous_update"):
