@@ -116,6 +116,7 @@ def _redraw(explorer: Explorer) -> None:
 # %% ../../nbs/00_kit/05_widgets.ipynb #70581318
 def _dress(control: ipywidgets.ValueWidget, name: str) -> None:
     control.description = control.description or name
+    control.tooltip = control.tooltip or control.description  # else a page shows "null"
     control.style.description_width = "8.5em"
     control.layout.width = control.layout.width or "min(36em, 100%)"
     if control.has_trait("continuous_update"):
@@ -525,7 +526,7 @@ def _draw_descent(
     diverges = not (np.isfinite(last) and last <= first)
     ending = f"the loss goes from {_number(first)} to {_number(last)}"
     if diverges:
-        end = "to a value that is no number" if np.isnan(last) else f"up to {_number(last).replace('inf', 'infinity')}"
+        end = f"up to {_number(last).replace('inf', 'infinity')}" if last > first else "to a value that is no number"
         ending = f"it diverges: the loss goes from {_number(first)} {end}"
     title = f"After {steps} step{'' if steps == 1 else 's'} {ending}"
     made, (left, right) = figure(title, 1, 2, height=2.9, width_ratios=(1.25, 1))
@@ -705,7 +706,8 @@ def _draw_attack(
              (found, f"read as {name(after)} {'✓' if after == target else '✗'}"))
     for number, (each, (part, said)) in enumerate(zip(axes, parts)):
         gray = {"cmap": "PuOr" if number == 1 else "gray_r"} if len(part) == 1 else {}
-        each.imshow(part.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy(), vmin=0, vmax=1, interpolation="nearest", **gray)
+        pixels = part.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy()
+        each.imshow(pixels, vmin=0, vmax=1, interpolation="nearest", **gray)
         each.set(xticks=[], yticks=[], xlabel=_literal(said))
         each.spines[:].set(visible=True, color="0.6")
     last, share = axes[3], np.linspace(0, 1, len(curve))
