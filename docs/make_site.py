@@ -1,0 +1,191 @@
+"""Build the course as a site: `make site`.
+
+The pages are the notebooks as committed, an index with the map of the course, and a page for each module. They are
+written into a temporary folder, from which Sphinx makes the site; a warning is an error.
+"""
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from configparser import ConfigParser
+from html import escape
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_markdown_cell
+from sphinx.cmd.build import main as sphinx
+
+from bigmodel_nb.headless.parameters import catalogue, declaration, notebooks_folder
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+NOTEBOOKS = notebooks_folder()
+SCRAP = "application/scrapbook.scrap.json+json"
+CHAPTERS = {
+    "kit": "What every notebook stands on: device and seeds, pictures, recorded results, exercises, things to move.",
+    "data": "From raw rows to batches: collect, clean, check, split.",
+    "foundations": "The mathematics: the loss, backpropagation, optimisation.",
+    "models": "The networks: layers, language, vision.",
+    "training": "Fit, watch, debug, go fast, go wide.",
+    "adapting": "Transfer learning: a pretrained model, fine-tuned on a table of your own.",
+    "robust": "Adversarial examples, and what really stops them.",
+    "explain": "Why the model said that.",
+    "shipping": "Smaller, portable, behind an endpoint.",
+    "apps": "The applications, made of the floors below.",
+    "headless": "Notebooks that run without hands: parameters, records, reports, sweeps.",
+}
+
+
+def git_url() -> str:
+    settings = ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    return settings["DEFAULT"]["git_url"]
+
+
+def chapters() -> dict[str, list[str]]:
+    """The names of each chapter's notebooks, from the ground floor up; the tour has no chapter."""
+    found = {}
+    for name in catalogue():
+        if "/" in name:
+            found.setdefault(name.split("/")[0], []).append(name)
+    if unknown := set(found) - set(CHAPTERS):
+        raise SystemExit(f"docs/make_site.py: CHAPTERS does not say what {sorted(unknown)[0]!r} is about")
+    return found
+
+
+def address(name: str, suffix: str) -> str:
+    """Where a notebook lies: the same place in nbs/, in the sources and, with another suffix, on the site."""
+    return catalogue()[name].relative_to(NOTEBOOKS).with_suffix(suffix).as_posix()
+
+
+def floor(chapter: str) -> str:
+    return str(int(address(chapters()[chapter][0], "").split("_")[0]))
+
+
+def module_of(name: str) -> str | None:
+    return name.replace("/", ".") if (ROOT / "bigmodel_nb" / f"{name}.py").exists() else None
+
+
+# The pages
+
+def notebook_page(notebook: nbformat.NotebookNode, top: str = "") -> nbformat.NotebookNode:
+    """A notebook as readers see it: no directives to nbdev, no records; names of notebooks are links from `top`."""
+    names = {name: address(name, ".ipynb") for name in catalogue() if "/" in name}
+    cells = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"(?<!\[)`([\w/]+)`", lambda found: f"[{found[0]}]({top}{names[found[1]]})"
+                                 if found[1] in names else found[0], cell.source)
+        if cell.cell_type == "code":
+            if re.match(r"#\| *hide\b", cell.source):
+                continue
+            cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE).lstrip("\n")
+            cell.outputs = [output for output in cell.outputs if set(output.get("data", {"": ""})) != {SCRAP}]
+        if cell.source.strip():
+            cells.append(cell)
+    notebook.cells = cells
+    notebook.metadata.language_info = {"name": "python", "pygments_lexer": "ipython3"}
+    return notebook
+
+
+def links(name: str, top: str) -> str:
+    """The line that leads from a notebook to its module, its command and its file."""
+    module = module_of(name)
+    found = [f"**Module** [`bigmodel_nb.{module}`]({top}api/{module}.md)"] if module else []
+    found += [f"**Run** `bigmodel run {name}`", f"**File** [{address(name, '.ipynb').split('/')[-1]}]({git_url()}/blob/main/nbs/{address(name, '.ipynb')})"]
+    return ". ".join(found) + "."
+
+
+def module_page(name: str) -> str:
+    module, said = module_of(name), declaration(name)
+    return (f"# {module}\n\n**Notebook** [{said.title}](../{address(name, '.ipynb')}).\n\n"
+            f"```{{eval-rst}}\n.. automodule:: bigmodel_nb.{module}\n```\n")
+
+
+def course_map() -> str:
+    """The floors of the course, the top one first, as on a drawing of a house."""
+    lines = ['<nav class="house" aria-label="Map of the course">', f'<a class="lift" href="{address("tour", ".html")}"><strong>tour</strong>'
+             "<span>the whole way in one sitting</span></a>", "<ol reversed>"]
+    for chapter, names in reversed(chapters().items()):
+        rooms = "".join(f'<li><a href="{address(name, ".html")}">{escape(name.split("/")[1])}</a></li>' for name in names)
+        lines.append(f'<li><span class="floor"><span class="level">{floor(chapter)}</span> {escape(chapter)}</span><ul>{rooms}</ul></li>')
+    return "\n".join([*lines, "</ol>", "</nav>"])
+
+
+def listing(name: str) -> str:
+    said = declaration(name)
+    return f"- **[{said.title}]({address(name, '.ipynb')})**  \n  {said.promise}  \n  *`{name}`, {said.cost.rstrip('.')}*"
+
+
+def toctree(pages: list[str], caption: str = "") -> str:
+    head = [f":caption: {caption}"] if caption else []
+    return "\n".join(["```{toctree}", ":hidden:", *head, "", *pages, "```"])
+
+
+def index_page() -> str:
+    """The prose of nbs/index.ipynb, with the map where its table stands."""
+    cells = nbformat.read(NOTEBOOKS / "index.ipynb", as_version=4).cells
+    prose = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    opening, rest = prose.replace("## The course\n", "").split("\n## ", 1)
+    parts = [opening, "## The course", "Read the house from the ground up: a notebook stands only on notebooks before it. "
+             "Times are measured on 2 CPU cores.", course_map(), listing("tour")]
+    trees = [toctree([address("tour", "")])]
+    for chapter, names in chapters().items():
+        parts += [f"### {floor(chapter)} · {chapter.capitalize()}", CHAPTERS[chapter], "\n".join(listing(name) for name in names)]
+        trees.append(toctree([address(name, "") for name in names], f"{floor(chapter)} · {chapter.capitalize()}"))
+    return "\n\n".join([*parts, "## " + rest, *trees, toctree(["api/index", "CONTRIBUTING"], "Reference")]) + "\n"
+
+
+def reference_page() -> str:
+    """The list of modules by chapter."""
+    parts = ["# Modules", "Each module is exported from one notebook, which derives and tests what it holds. "
+             "The {ref}`index <genindex>` has every name."]
+    pages = []
+    for names in chapters().values():
+        names = [name for name in names if module_of(name)]
+        parts.append("\n".join(f"- [`bigmodel_nb.{module_of(name)}`]({module_of(name)}.md): {declaration(name).title}" for name in names))
+        pages += [module_of(name) for name in names]
+    return "\n\n".join([*parts, toctree(pages)]) + "\n"
+
+
+def write_sources(folder: Path) -> None:
+    """Every page of the site as Sphinx reads it."""
+    (folder / "api").mkdir(parents=True)
+    for name, path in catalogue().items():
+        place = folder / address(name, ".ipynb")
+        place.parent.mkdir(exist_ok=True)
+        top = "../" * address(name, "").count("/")
+        notebook = notebook_page(nbformat.read(path, as_version=4), top)
+        first = next(index for index, cell in enumerate(notebook.cells) if cell.cell_type == "markdown")
+        notebook.cells.insert(first + 1, new_markdown_cell(links(name, top)))
+        nbformat.write(notebook, place)
+        if module_of(name):
+            (folder / "api" / f"{module_of(name)}.md").write_text(module_page(name), encoding="utf-8")
+    (folder / "index.md").write_text(index_page(), encoding="utf-8")
+    (folder / "api" / "index.md").write_text(reference_page(), encoding="utf-8")
+    (folder / "CONTRIBUTING.md").write_text((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def run_sphinx(source: Path, out: Path, builder: str = "html") -> int:
+    """Sphinx on the pages in `source`; its exit code."""
+    return sphinx(["-b", builder, "-c", str(HERE), "-d", f"{source}.doctrees", "-n", "-W", "--keep-going", "-q", "-j", "auto", str(source), str(out)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", nargs="?", type=Path, default=ROOT / "_site", help="folder of the site")
+    parser.add_argument("--builder", default="html", help="html, or linkcheck, which asks every address outside")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = Path(folder) / "source", Path(folder) / "site"
+        write_sources(source)
+        code = run_sphinx(source, made, chosen.builder)
+        if not code and chosen.builder == "html":
+            shutil.copytree(made, chosen.out, dirs_exist_ok=True)
+            print(chosen.out / "index.html")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
