@@ -9,7 +9,7 @@ endif
 # Tests run side by side, so each gets its share of the cores.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(1, min(4, os.cpu_count() or 1)))")
 
-.PHONY: help install tour test lab sync bench lock wheel clean
+.PHONY: help install tour test lab sync site linkcheck bench lock wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -34,6 +34,12 @@ lab: install  ## JupyterLab on the notebooks
 sync: install  ## after an edit: export modules, run changed notebooks, clean, write README (NAMES="robust/attacks" or ALL=1 to choose)
 	$(BIN)/python tools/sync.py $(if $(ALL),--all) $(NAMES)
 
+site: install  ## the course as a site in _site/
+	$(BIN)/python docs/make_site.py _site
+
+linkcheck: install  ## whether the addresses that the pages name still answer (needs the network)
+	$(BIN)/python docs/make_site.py --builder linkcheck
+
 bench: install  ## the benchmarks: ratios, measured interleaved in one run
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
@@ -44,4 +50,4 @@ wheel: install  ## a wheel in dist/, the notebooks in it
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove the environment and what runs and builds left
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist _site *.egg-info runs .pytest_cache .hypothesis

@@ -70,7 +70,7 @@ def module_of(name: str) -> str | None:
 # The pages
 
 def notebook_page(notebook: nbformat.NotebookNode, top: str = "") -> nbformat.NotebookNode:
-    """A notebook as readers see it: no directives to nbdev, no records; names of notebooks are links from `top`."""
+    """A notebook as readers see it: no directives to nbdev, no cell for Colab, no records; names of notebooks are links from `top`."""
     names = {name: address(name, ".ipynb") for name in catalogue() if "/" in name}
     cells = []
     for cell in notebook.cells:
@@ -78,7 +78,7 @@ def notebook_page(notebook: nbformat.NotebookNode, top: str = "") -> nbformat.No
             cell.source = re.sub(r"(?<!\[)`([\w/]+)`", lambda found: f"[{found[0]}]({top}{names[found[1]]})"
                                  if found[1] in names else found[0], cell.source)
         if cell.cell_type == "code":
-            if re.match(r"#\| *hide\b", cell.source):
+            if re.match(r"#\| *hide\b", cell.source) or '"google.colab" in sys.modules' in cell.source:
                 continue
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE).lstrip("\n")
             cell.outputs = [output for output in cell.outputs if set(output.get("data", {"": ""})) != {SCRAP}]

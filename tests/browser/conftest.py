@@ -1,23 +1,30 @@
-"""What the browser tests stand on: the system's Chromium, and a JupyterLab on loopback with a copy of the notebooks."""
+"""What the browser tests stand on: the system's Chromium; on loopback a JupyterLab with a copy of the notebooks, and the site."""
 import asyncio
+import fcntl
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import nbformat
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-           "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+           "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost")
 ARTEFACTS = Path(__file__).parent / "artefacts"
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -158,40 +165,6 @@ def page(chromium, lab, request):
     for session in lab.ask("sessions"):
         lab.ask(f"sessions/{session['id']}", "DELETE")
     assert not foreign, f"asked for {foreign}"
-"""A browser, and the course as a site."""
-import fcntl
-import os
-import shutil
-import subprocess
-import sys
-import threading
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import NamedTuple
-
-import pytest
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# It asks nobody but this machine: neither for a page nor for itself.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"]
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    """The system's Chromium, running, as Playwright's `Browser`."""
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the path")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 class Site(NamedTuple):
