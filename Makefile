@@ -34,10 +34,11 @@ lab: install  ## JupyterLab on the notebooks
 sync: install  ## after an edit: export modules, run changed notebooks, clean, write README (NAMES="robust/attacks" or ALL=1 to choose)
 	$(BIN)/python tools/sync.py $(if $(ALL),--all) $(NAMES)
 
-site: install  ## the course as a site in _site/
+site: install  ## the course as a site in _site/, from the notebooks as they are committed
+	rm -rf _site
 	$(BIN)/python docs/make_site.py _site
 
-linkcheck: install  ## whether the addresses that the pages name still answer (needs the network)
+linkcheck: install  ## ask every address outside that the site names; needs a network
 	$(BIN)/python docs/make_site.py --builder linkcheck
 
 bench: install  ## the benchmarks: ratios, measured interleaved in one run
@@ -50,4 +51,4 @@ wheel: install  ## a wheel in dist/, the notebooks in it
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove the environment and what runs and builds left
-	rm -rf $(VENV) build dist _site *.egg-info runs .pytest_cache .hypothesis
+	rm -rf $(VENV) _site build dist *.egg-info runs .pytest_cache .hypothesis

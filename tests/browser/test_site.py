@@ -29,12 +29,12 @@ AXE = {"resultTypes": ["violations"], "preload": False}
 # its kind alone, so one word of each kind stays, and the others become plain text.
 ONE_OF_EACH = """() => {
   const seen = new Set()
-  for (const word of document.querySelectorAll('pre span')) {
-    const kind = word.className + ' in ' + word.closest('.cell_input, .cell_output, .highlight')?.className
+  for (const word of document.querySelectorAll('pre span, code span, .sig span')) {
+    const kind = word.className + ' in ' + word.closest('.cell_input, .cell_output, .highlight, .sig, code')?.className
     if (seen.has(kind)) word.replaceWith(...word.childNodes)
     seen.add(kind)
   }
-  document.querySelectorAll('pre').forEach(each => each.normalize())
+  document.querySelectorAll('pre, code, .sig').forEach(each => each.normalize())
 }"""
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
