@@ -28,7 +28,7 @@ autodoc_default_options = {"members": True, "inherited-members": True, "special-
                            "member-order": "bysource"}
 add_module_names = False
 maximum_signature_line_length = 80
-# Every name of the project must lead somewhere. Those of other libraries stand as they are: looking them up needs a network.
+# Every name of the project must lead somewhere. Finding those of other libraries would take a network.
 nitpick_ignore_regex = [("py:.*", r"(?!bigmodel_nb\b).*")]
 # Scripts make the anchors of GitHub's pages.
 linkcheck_anchors_ignore_for_url = [r"https://github\.com/.*"]

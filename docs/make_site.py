@@ -72,15 +72,18 @@ def module_of(name: str) -> str | None:
 def notebook_page(notebook: nbformat.NotebookNode, top: str = "") -> nbformat.NotebookNode:
     """A notebook as readers see it: no directives to nbdev, no cell for Colab, no records; names of notebooks are links from `top`."""
     names = {name: address(name, ".ipynb") for name in catalogue() if "/" in name}
+
+    def linked(found: re.Match) -> str:
+        return f"[{found[0]}]({top}{names[found[1]]})" if found[1] in names else found[0]
+
     cells = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = re.sub(r"(?<!\[)`([\w/]+)`", lambda found: f"[{found[0]}]({top}{names[found[1]]})"
-                                 if found[1] in names else found[0], cell.source)
+            cell.source = re.sub(r"(?<!\[)`([\w/]+)`", linked, cell.source)
         if cell.cell_type == "code":
             if re.match(r"#\| *hide\b", cell.source) or '"google.colab" in sys.modules' in cell.source:
                 continue
-            cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE).lstrip("\n")
+            cell.source = re.sub(r"\A(#\|.*(\n|\Z))+", "", cell.source)
             cell.outputs = [output for output in cell.outputs if set(output.get("data", {"": ""})) != {SCRAP}]
         if cell.source.strip():
             cells.append(cell)
@@ -91,9 +94,9 @@ def notebook_page(notebook: nbformat.NotebookNode, top: str = "") -> nbformat.No
 
 def links(name: str, top: str) -> str:
     """The line that leads from a notebook to its module, its command and its file."""
-    module = module_of(name)
+    module, path = module_of(name), address(name, ".ipynb")
     found = [f"**Module** [`bigmodel_nb.{module}`]({top}api/{module}.md)"] if module else []
-    found += [f"**Run** `bigmodel run {name}`", f"**File** [{address(name, '.ipynb').split('/')[-1]}]({git_url()}/blob/main/nbs/{address(name, '.ipynb')})"]
+    found += [f"**Run** `bigmodel run {name}`", f"**File** [{path.split('/')[-1]}]({git_url()}/blob/main/nbs/{path})"]
     return ". ".join(found) + "."
 
 
@@ -105,17 +108,20 @@ def module_page(name: str) -> str:
 
 def course_map() -> str:
     """The floors of the course, the top one first, as on a drawing of a house."""
-    lines = ['<nav class="house" aria-label="Map of the course">', f'<a class="lift" href="{address("tour", ".html")}"><strong>tour</strong>'
-             "<span>the whole way in one sitting</span></a>", "<ol reversed>"]
+    lines = ['<nav class="house" aria-label="Map of the course">',
+             f'<a class="lift" href="{address("tour", ".html")}">',
+             "<strong>tour</strong><span>the whole way in one sitting</span></a>", "<ol reversed>"]
     for chapter, names in reversed(chapters().items()):
-        rooms = "".join(f'<li><a href="{address(name, ".html")}">{escape(name.split("/")[1])}</a></li>' for name in names)
-        lines.append(f'<li><span class="floor"><span class="level">{floor(chapter)}</span> {escape(chapter)}</span><ul>{rooms}</ul></li>')
+        rooms = [f'<li><a href="{address(name, ".html")}">{escape(name.split("/")[1])}</a></li>' for name in names]
+        lines += [f'<li><span class="floor"><span class="level">{floor(chapter)}</span> {escape(chapter)}</span>',
+                  f'<ul>{"".join(rooms)}</ul></li>']
     return "\n".join([*lines, "</ol>", "</nav>"])
 
 
 def listing(name: str) -> str:
     said = declaration(name)
-    return f"- **[{said.title}]({address(name, '.ipynb')})**  \n  {said.promise}  \n  *`{name}`, {said.cost.rstrip('.')}*"
+    lines = [f"- **[{said.title}]({address(name, '.ipynb')})**", said.promise, f"*`{name}`, {said.cost.rstrip('.')}*"]
+    return "  \n  ".join(lines)
 
 
 def toctree(pages: list[str], caption: str = "") -> str:
@@ -128,12 +134,14 @@ def index_page() -> str:
     cells = nbformat.read(NOTEBOOKS / "index.ipynb", as_version=4).cells
     prose = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     opening, rest = prose.replace("## The course\n", "").split("\n## ", 1)
-    parts = [opening, "## The course", "Read the house from the ground up: a notebook stands only on notebooks before it. "
-             "Times are measured on 2 CPU cores.", course_map(), listing("tour")]
+    parts = [opening, "## The course",
+             "Read the house from the ground up: a notebook stands only on notebooks before it.",
+             course_map(), "What a run costs is measured on 2 CPU cores.", listing("tour")]
     trees = [toctree([address("tour", "")])]
     for chapter, names in chapters().items():
-        parts += [f"### {floor(chapter)} · {chapter.capitalize()}", CHAPTERS[chapter], "\n".join(listing(name) for name in names)]
-        trees.append(toctree([address(name, "") for name in names], f"{floor(chapter)} · {chapter.capitalize()}"))
+        caption = f"{floor(chapter)} · {chapter.capitalize()}"
+        parts += [f"### {caption}", CHAPTERS[chapter], "\n".join(listing(name) for name in names)]
+        trees.append(toctree([address(name, "") for name in names], caption))
     return "\n\n".join([*parts, "## " + rest, *trees, toctree(["api/index", "CONTRIBUTING"], "Reference")]) + "\n"
 
 
@@ -143,9 +151,10 @@ def reference_page() -> str:
              "The {ref}`index <genindex>` has every name."]
     pages = []
     for names in chapters().values():
-        names = [name for name in names if module_of(name)]
-        parts.append("\n".join(f"- [`bigmodel_nb.{module_of(name)}`]({module_of(name)}.md): {declaration(name).title}" for name in names))
-        pages += [module_of(name) for name in names]
+        modules = {module_of(name): declaration(name).title for name in names if module_of(name)}
+        rows = [f"- [`bigmodel_nb.{module}`]({module}.md): {title}" for module, title in modules.items()]
+        parts.append("\n".join(rows))
+        pages += modules
     return "\n\n".join([*parts, toctree(pages)]) + "\n"
 
 
@@ -169,7 +178,8 @@ def write_sources(folder: Path) -> None:
 
 def run_sphinx(source: Path, out: Path, builder: str = "html") -> int:
     """Sphinx on the pages in `source`; its exit code."""
-    return sphinx(["-b", builder, "-c", str(HERE), "-d", f"{source}.doctrees", "-n", "-W", "--keep-going", "-q", "-j", "auto", str(source), str(out)])
+    options = ["-n", "-W", "--keep-going", "-q", "-j", "auto", "-c", str(HERE), "-d", f"{source}.doctrees"]
+    return sphinx(["-b", builder, *options, str(source), str(out)])
 
 
 def main() -> int:

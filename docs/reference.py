@@ -1,4 +1,4 @@
-"""What the site asks of Sphinx beyond its own: formulas as MathML, alternative texts, and the comments behind parameters."""
+"""What Sphinx does not do by itself: formulas as MathML, alternative texts, the comments behind parameters."""
 import ast
 import dataclasses
 import inspect
@@ -32,7 +32,8 @@ def inline_math(writer, node) -> None:
 
 
 def block_math(writer, node) -> None:
-    writer.body.append(writer.starttag(node, "div", CLASS="formula", tabindex="0", role="group", **{"aria-label": "formula"}))
+    reached = {"tabindex": "0", "role": "group", "aria-label": "formula"}  # by the keyboard, to scroll a wide one
+    writer.body.append(writer.starttag(node, "div", CLASS="formula", **reached))
     try:
         _write(writer, node, "block")
     finally:

@@ -1,6 +1,7 @@
 """The course as a site: every page in a browser, in light and dark and on a phone."""
 import base64
 import html.parser
+import io
 import re
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from bigmodel_nb.headless.parameters import catalogue, declaration
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ARTEFACTS = Path(__file__).parent / "artefacts"
-NOTEBOOKS = {path.relative_to(ROOT / "nbs").with_suffix(".html").as_posix(): name for name, path in catalogue().items()}
+NOTEBOOKS = {path.relative_to(ROOT / "nbs").with_suffix(".html").as_posix(): name
+             for name, path in catalogue().items()}
 MODULES = {f"api/{'.'.join(path.relative_to(ROOT / 'bigmodel_nb').with_suffix('').parts)}.html": path
            for path in sorted((ROOT / "bigmodel_nb").glob("*/*.py")) if path.name != "__init__.py"}
 OTHERS = ["index.html", "CONTRIBUTING.html", "api/index.html", "genindex.html", "search.html"]
@@ -25,8 +28,8 @@ RULES = {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "
 CONTRAST = {"type": "rule", "values": ["color-contrast"]}
 # It need not fetch the style sheets anew: no rule above reads them, and it looks for an imported one in a wrong place.
 AXE = {"resultTypes": ["violations"], "preload": False}
-# Contrast takes axe-core most of a minute on a page with thousands of coloured words of code. A word's colour depends on
-# its kind alone, so one word of each kind stays, and the others become plain text.
+# Contrast takes axe-core most of a minute on a page with thousands of coloured words of code. A word's colour hangs on its
+# kind alone, so one word of each kind stays, and the others become plain text.
 ONE_OF_EACH = """() => {
   const seen = new Set()
   for (const word of document.querySelectorAll('pre span, code span, .sig span')) {
@@ -46,11 +49,17 @@ def opened(chromium, address: str, page: str = "index.html", **options):
     context = chromium.new_context(**{"viewport": DESK, "reduced_motion": "reduce", **options})
     context.set_default_timeout(60_000)
     tab = context.new_page()
-    tab.on("console", lambda said: wrong.append(f"console: {said.text}") if said.type in ("error", "warning") else None)
-    tab.on("pageerror", lambda error: wrong.append(f"script: {error}"))
-    tab.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
-    tab.on("response", lambda response: wrong.append(f"{response.status}: {response.url}") if response.status >= 400 else None)
-    tab.on("request", lambda request: None if request.url.startswith((address, "data:", "about:")) else wrong.append(f"foreign: {request.url}"))
+
+    def note(bad: bool, what: str) -> None:
+        if bad:
+            wrong.append(what)
+
+    tab.on("console", lambda said: note(said.type in ("error", "warning"), f"console: {said.text}"))
+    tab.on("pageerror", lambda error: note(True, f"script: {error}"))
+    tab.on("requestfailed", lambda asked: note(True, f"failed: {asked.url}"))
+    tab.on("response", lambda came: note(came.status >= 400, f"{came.status}: {came.url}"))
+    ours = (address, "data:", "about:")
+    tab.on("request", lambda asked: note(not asked.url.startswith(ours), f"foreign: {asked.url}"))
     try:
         tab.goto(address + page)
         yield tab
@@ -69,7 +78,7 @@ def violations(tab) -> list[str]:
         tab.emulate_media(color_scheme=look)
         tab.wait_for_function("look => document.documentElement.dataset.theme === look", arg=look)
         for rule in Axe().run(tab, options={"runOnly": rules, **AXE}).response["violations"]:
-            found += [f"{look}: {rule['id']}: {node['html'][:150]} {node['failureSummary'][:300]}" for node in rule["nodes"]]
+            found += [f"{look}: {rule['id']}: {node['html'][:150]} {node['failureSummary']}" for node in rule["nodes"]]
     return found
 
 
@@ -85,13 +94,15 @@ def shown(notebook) -> Counter:
     """What a page must show of a notebook."""
     cells = [cell for cell in notebook.cells if not cell.source.startswith("#| hide")]
     outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
-    prose = [cell.source for cell in cells if cell.cell_type == "markdown"] + [data.get("text/markdown", "") for data in outputs]
+    prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    prose += [data.get("text/markdown", "") for data in outputs]
     return Counter(math=sum(map(formulas, prose)), pictures=sum("image/png" in data for data in outputs),
                    tables=sum(data.get("text/html", "").count("<table") for data in outputs))
 
 
 COUNT = """() => {
-  const article = document.querySelector('article') ?? document.querySelector('main'), all = what => [...article.querySelectorAll(what)];
+  const article = document.querySelector('article') ?? document.querySelector('main');
+  const all = what => [...article.querySelectorAll(what)];
   const hidden = each => each.closest('details:not([open])') || each.checkVisibility && !each.checkVisibility();
   const prose = article.cloneNode(true);
   prose.querySelectorAll('pre, code, table, iframe').forEach(each => each.remove());
@@ -159,10 +170,12 @@ def test_notebook_and_module_lead_to_each_other(chromium, site):
 
 
 def test_module_page_says_what_the_source_says(chromium, site):
+    cells = "all => all.map(row => [...row.cells].map(cell => cell.innerText.trim()))"
     with opened(chromium, site.address, "api/foundations.losses.html") as tab:
         entry = tab.locator("dl.py.function", has=tab.locator("[id='bigmodel_nb.foundations.losses.log_softmax']"))
-        assert re.sub(r"\s+", "", entry.locator("dt").first.inner_text()).startswith("log_softmax(input:Tensor,dim:int=-1)→Tensor")
-        assert entry.locator("table tr").evaluate_all("all => all.map(row => [...row.cells].map(cell => cell.innerText.trim()))")[1:] == [
+        signature = re.sub(r"\s+", "", entry.locator("dt").first.inner_text())
+        assert signature.startswith("log_softmax(input:Tensor,dim:int=-1)→Tensor")
+        assert entry.locator("table tr").evaluate_all(cells)[1:] == [
             ["input", "Tensor", "logits of any shape, floating"], ["dim", "int", "the dimension of the classes"],
             ["returns", "Tensor", "the shape of input"]]
     with opened(chromium, site.address, "api/robust.attacks.html") as tab:
@@ -185,7 +198,8 @@ def test_search_finds_a_page(chromium, site):
 def test_switch_turns_the_page_dark_and_is_remembered(chromium, site):
     with opened(chromium, site.address, color_scheme="light") as tab:
         def ground() -> int:
-            return sum(map(int, re.findall(r"\d+", tab.evaluate("getComputedStyle(document.body).backgroundColor"))[:3]))
+            color = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+            return sum(map(int, re.findall(r"\d+", color)[:3]))
 
         assert ground() > 600
         tab.locator("button.theme-switch-button:visible").click()
@@ -222,7 +236,8 @@ def test_links_lead_somewhere(site):
             target, anchor = urldefrag(urljoin(page, address))
             target = unquote(urlsplit(target).path) or page
             checked += 1
-            if not (site.folder / target).is_file() or anchor and target in pages and unquote(anchor) not in pages[target].anchors:
+            found = (site.folder / target).is_file()
+            if not found or anchor and target in pages and unquote(anchor) not in pages[target].anchors:
                 lost.append(f"{page}: {address}")
     assert not lost
     assert checked > 1000
@@ -248,7 +263,6 @@ def slope(x):
 
 </details>
 """
-PIXEL = base64.b64encode(base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")).decode()
 BUILD = """
 import sys
 from pathlib import Path
@@ -265,23 +279,29 @@ sys.exit(run_sphinx(folder / "source", folder / "site"))
 def built(folder: Path, *cells) -> subprocess.CompletedProcess:
     """A site of one page, made of a notebook with these cells."""
     (folder / "source").mkdir()
-    nbformat.write(new_notebook(cells=list(cells), metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}),
-                   folder / "source" / "index.ipynb")
-    return subprocess.run([sys.executable, "-c", BUILD, str(ROOT / "docs"), str(folder)], capture_output=True, text=True)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=list(cells), metadata=kernel), folder / "source" / "index.ipynb")
+    command = [sys.executable, "-c", BUILD, str(ROOT / "docs"), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def picture(alt: str | None):
+    """The output of a cell that shows a widget: its first state as a picture beside it."""
+    dot = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(dot, "PNG")
+    png = base64.b64encode(dot.getvalue()).decode()
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1", "version_major": 2, "version_minor": 0}}
-    return new_output("display_data", {"image/png": PIXEL, "text/plain": "Figure(700x300)", **widget},
+    return new_output("display_data", {"image/png": png, "text/plain": "Figure(700x300)", **widget},
                       metadata={"image/png": {"alt": alt}} if alt else {})
 
 
 def test_folds_pictures_tags_and_records(chromium, serving, tmp_path):
     record = new_output("display_data", {"application/scrapbook.scrap.json+json": {"name": "secret", "data": 1}},
                         metadata={"scrapbook": {"name": "secret"}})
-    done = built(tmp_path, new_markdown_cell(FOLDS), new_code_cell("#| export\n#| hide_line\nvisible = 1"), new_code_cell("#| hide\nhidden = 1"),
-                 new_code_cell("tagged = 1", metadata={"tags": ["remove-input"]}, outputs=[picture("A “red” dot & [more]"), picture("Second")]),
-                 new_code_cell("record()", outputs=[record]))
+    pictures = [picture("A “red” dot & [more]"), picture("Second")]
+    done = built(tmp_path, new_markdown_cell(FOLDS), new_code_cell("#| export\n#| hide_line\nvisible = 1"),
+                 new_code_cell("#| hide\nhidden = 1"), new_code_cell("record()", outputs=[record]),
+                 new_code_cell("tagged = 1", metadata={"tags": ["remove-input"]}, outputs=pictures))
     assert done.returncode == 0, done.stderr
     with serving(tmp_path / "site") as site, opened(chromium, site.address) as tab:
         fold = tab.locator("article details")
@@ -293,15 +313,17 @@ def test_folds_pictures_tags_and_records(chromium, serving, tmp_path):
         text = tab.locator("article").inner_text()
         assert "visible = 1" in text and "record()" in text
         assert not [word for word in ("#|", "hidden = 1", "tagged = 1", "secret", "Figure(700x300)") if word in text]
-        assert tab.locator("article img").evaluate_all("all => all.map(each => each.alt)") == ["A “red” dot & [more]", "Second"]
+        alternatives = tab.locator("article img").evaluate_all("all => all.map(each => each.alt)")
+        assert alternatives == ["A “red” dot & [more]", "Second"]
         assert not violations(tab)
         tab.evaluate("document.querySelector('article p').style.color = '#999'")
         assert [each[:21] for each in violations(tab)] == ["light: color-contrast"], "grey on white is found"
 
 
 def test_what_a_reader_would_miss_stops_the_build(tmp_path):
-    done = built(tmp_path, new_markdown_cell("# A page\n\n$\\frac{1}{$ and $\\nosuchsymbol{1}$, [nowhere](nowhere.ipynb)"),
-                 new_code_cell("draw()", outputs=[picture(None)]))
+    prose = "# A page\n\n$\\frac{1}{$ and $\\nosuchsymbol{1}$, [nowhere](nowhere.ipynb)"
+    done = built(tmp_path, new_markdown_cell(prose), new_code_cell("draw()", outputs=[picture(None)]))
     assert done.returncode != 0
-    for complaint in (r"cannot be shown: \frac{1}{", r"cannot be shown: \nosuchsymbol{1}", "nowhere.ipynb", "a picture without alternative text"):
+    for complaint in (r"cannot be shown: \frac{1}{", r"cannot be shown: \nosuchsymbol{1}", "nowhere.ipynb",
+                      "a picture without alternative text"):
         assert complaint in done.stderr
