@@ -44,8 +44,11 @@ setup(
     packages=find_packages(include=["bigmodel_nb", "bigmodel_nb.*"]),
     package_data={"bigmodel_nb": ["data/files/*"]},
     install_requires=lines("requirements"),
-    extras_require={"cluster": lines("cluster_requirements"), "site": lines("site_requirements"),
-                    "dev": lines("dev_requirements") + lines("site_requirements")},
+    extras_require={
+        "cluster": lines("cluster_requirements"),
+        "site": lines("site_requirements"),
+        "dev": lines("dev_requirements") + lines("site_requirements"),
+    },
     entry_points={
         "console_scripts": lines("console_scripts"),
         "jupyter_client.kernel_provisioners": ["bigmodel-fork = bigmodel_nb.headless.kernel:ForkProvisioner"],

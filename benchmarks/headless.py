@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -28,6 +29,19 @@ def seconds(work) -> float:
     return time.perf_counter() - start
 
 
+@contextmanager
+def quiet():
+    """What a kernel says to this terminal, such as that its sockets are not encrypted, goes nowhere."""
+    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="of each measurement")
@@ -37,7 +51,8 @@ def main() -> None:
     nbformat.write(NOTEBOOK, path)
 
     def theirs() -> None:
-        papermill.execute_notebook(str(path), str(folder / f"{next(count)}.ipynb"), kernel_name="python3", progress_bar=False)
+        with quiet():
+            papermill.execute_notebook(str(path), str(folder / f"{next(count)}.ipynb"), kernel_name="python3", progress_bar=False)
 
     def ours() -> None:
         assert run(str(path), out=folder / f"run{next(count)}").status == "ok"

@@ -70,7 +70,7 @@ def module_of(name: str) -> str | None:
 # The pages
 
 def notebook_page(notebook: nbformat.NotebookNode, top: str = "") -> nbformat.NotebookNode:
-    """A notebook as readers see it: no directives to nbdev, no records; names of notebooks are links from `top`."""
+    """A notebook as readers see it: no directives to nbdev, no cell for Colab, no records; names of notebooks are links from `top`."""
     names = {name: address(name, ".ipynb") for name in catalogue() if "/" in name}
 
     def linked(found: re.Match) -> str:
@@ -81,7 +81,7 @@ def notebook_page(notebook: nbformat.NotebookNode, top: str = "") -> nbformat.No
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"(?<!\[)`([\w/]+)`", linked, cell.source)
         if cell.cell_type == "code":
-            if re.match(r"#\| *hide\b", cell.source):
+            if re.match(r"#\| *hide\b", cell.source) or '"google.colab" in sys.modules' in cell.source:
                 continue
             cell.source = re.sub(r"\A(#\|.*(\n|\Z))+", "", cell.source)
             cell.outputs = [output for output in cell.outputs if set(output.get("data", {"": ""})) != {SCRAP}]

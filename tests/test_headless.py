@@ -452,6 +452,25 @@ def test_scrapbook_reads_what_a_run_recorded(save):
     assert theirs.scraps.data_dict == done.metrics == {"loss": 0.5, "sizes": [1, 2]} and theirs.parameters["n"] == 3
 
 
+def test_report_shows_the_picture_that_a_widget_brings_along(save):
+    cell = """import ipywidgets
+from bigmodel_nb.kit.plots import figure
+from bigmodel_nb.kit.widgets import Explorer
+
+def draw(height):
+    made, axes = figure("A line", height=1.5)
+    axes.axhline(height)
+    return made, f"A line at {height}, <high>"
+
+Explorer(draw, {"height": ipywidgets.FloatSlider(0.5, min=0.0, max=1.0)})"""
+    done = run(save(cell, "ipywidgets.IntSlider(3)"), out="out")
+    page = done.report.read_text(encoding="utf-8")
+    (picture,) = [output.data["image/png"] for cell in nbformat.read(done.notebook, 4).cells for output in cell.get("outputs", []) if "image/png" in output.data]
+    assert picture.strip() in page.replace("\n", "") and 'alt="A line at 0.5, &lt;high&gt;"' in page
+    assert page.count("<img") == 1 and "<script" not in page and "cdn" not in page
+    assert "IntSlider(value=3)" in page, "a widget without a picture is shown as text"
+
+
 def test_text_from_data_is_escaped_in_the_report(save):
     nasty = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     done = run(save(new_markdown_cell("# Data"), "import pandas\npandas.DataFrame({'text': [text]})", "print(text)", "text",
@@ -629,6 +648,11 @@ def test_run_prints_metrics_and_where_the_report_is(save):
     code, output = bigmodel("run", "mine.ipynb", "-p", "n", "42", "--out", "out")
     assert code == 0 and output.splitlines()[0] == "answer: 42" and output.splitlines()[-1] == "out/report.html"
     assert bigmodel("run", "mine.ipynb", "--quiet", "--out", "quiet") == (0, "quiet/report.html")
+
+
+def test_papermill_does_not_call_a_known_parameter_unknown(save):
+    save("pass", parameters="n: int | None = None  # a number")
+    assert bigmodel("run", "mine.ipynb", "-p", "n", "42", "--quiet", "--out", "out") == (0, "out/report.html")
 
 
 def test_run_of_a_failing_notebook_exits_with_1(save):

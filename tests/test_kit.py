@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 from bigmodel_nb.kit.core import Proportion, best_device, best_dtype, count_parameters, seed_everything
-from bigmodel_nb.kit.plots import COLORS, figure, image_grid, label_lines, limit_line, show, spread, table
+from bigmodel_nb.kit.plots import COLORS, _light, contrast, figure, image_grid, ink, label_lines, limit_line, show, spread, table
 from bigmodel_nb.kit.record import read_records, record, to_json
 
 # --- record
@@ -201,3 +201,19 @@ def test_proportion_as_text_and_as_data():
 def test_proportion_refuses_impossible_counts(successes, n, confidence, said):
     with pytest.raises(ValueError, match=said):
         Proportion.of(successes, n, confidence)
+
+
+@given(st.tuples(*[st.floats(0, 1)] * 3))
+def test_ink_reads_on_white_and_keeps_its_hue(color):
+    dark = ink(color)
+    assert contrast(dark) >= 4.5 - 1e-6 and all(0 <= channel <= 1 for channel in dark)
+    if contrast(color) >= 4.5:
+        assert np.allclose(dark, color, atol=1e-3)
+    else:
+        assert abs(contrast(dark) - 4.5) < 1e-6, "no darker than it takes"
+        assert np.allclose(np.cross(_light(dark), _light(color)), 0, atol=1e-6), "one factor for all channels"
+
+
+def test_contrast_is_that_of_the_guidelines():
+    assert contrast("white") == pytest.approx(1) and contrast("black") == pytest.approx(21)
+    assert contrast("#767676") == pytest.approx(4.54, abs=0.005) and contrast("#ff0000") == pytest.approx(4.0, abs=0.005)

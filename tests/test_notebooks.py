@@ -15,8 +15,12 @@ def accuracy(metric) -> float:
 # What each notebook must find, as conditions on its recorded metrics. Bounds are those of the text, not of one machine.
 EXPECTED = {
     "kit/record": lambda m: abs(m["pi"] - 3.14159) < 0.2,
-    "kit/plots": lambda m: m["nearest_neighbour_accuracy"] > 0.95 and m["spread_largest_difference"] < 1e-3,
+    "kit/plots": lambda m: m["lowest_contrast_of_ink"] > 4.499 and m["nearest_neighbour_accuracy"] > 0.95 and m["spread_largest_difference"] < 1e-3,
     "kit/core": lambda m: m["digits_accuracy"]["low"] > 0.9 and m["largest_difference_from_scipy"] < 1e-12 and m["wilson_lowest_coverage"] > 0.85,
+    "kit/exercises": lambda m: m["states"] == ["empty", "wrong", "wrong", "solved"] and m["passed_by_chance"]["five cases"] < 0.01 < m["passed_by_chance"]["one case"]
+    and m["equal_to_the_last_digit"] < 0.95 and m["alike"] == 1 and m["disagreements"] == 0,
+    "kit/widgets": lambda m: m["forms_without_a_kernel"] == 1 and m["left_open"] == {"careless": 12, "engine": 0}
+    and m["graph_difference"] < 1e-12 and m["walk_difference"] < 1e-12 and "allowed are positive numbers" in m["said_of_a_failed_drawing"],
     "data/sources": lambda m: accuracy(m["leaky_accuracy"]) > accuracy(m["honest_accuracy"]) + 0.2 and m["closest_pair_across_split"] < 0.5
     and m["similarity_largest_difference"] < 1e-9 and accuracy(m["wine_accuracy_scaled"]) > accuracy(m["wine_accuracy"]) and m["rows"] >= 800,
     "foundations/losses": lambda m: m["largest_difference_from_torch"] < 1e-12 and m["gradient_difference"] < 1e-8

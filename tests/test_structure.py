@@ -10,12 +10,18 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from packaging.specifiers import SpecifierSet
 
 from bigmodel_nb.headless.parameters import catalogue, declaration, read_parameters
+from bigmodel_nb.kit.exercises import read_exercises
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = list(catalogue())
+PLACE = "bigmodel-nb/bigmodel_nb"
+SETUP = f"""import sys
+if "google.colab" in sys.modules:  # which lacks this package
+    %pip install -q --no-deps -r https://raw.githubusercontent.com/{PLACE}/main/requirements/colab.txt"""
 LESSONS = [name for name in NAMES if name != "tour"]
 MODULES = sorted(path for path in (ROOT / "bigmodel_nb").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py"))
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|private|var/folders)/")
@@ -37,12 +43,24 @@ def module_of(name):
 def test_opening(name):
     cells = read(name).cells
     prose = next(cell.source for cell in cells if cell.cell_type == "markdown")
-    if name != "tour":
-        assert cells[0].source == f"#| default_exp {name.replace('/', '.')}"
+    directive = "" if name == "tour" else f"#| default_exp {name.replace('/', '.')}\n"
+    assert cells[0].source == directive + SETUP, "make sync"
     assert re.match(r"# .+\n\n> .+[.]\n", prose), "a title, then a promise"
     assert re.search(r"^\*Measured on 2 CPU cores: \d+ s, [\d.]+ GB\.\*$", prose, re.MULTILINE), "the measured cost"
     for heading in ("You need", "Stands on", "On a GPU"):
         assert f"**{heading}**" in prose, heading
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opens_elsewhere(name):
+    """The links below the measured cost open this very notebook; Binder only where 2 GB hold it and JupyterLab."""
+    prose = next(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
+    gigabytes, line = re.search(r"^\*Measured on .*, ([\d.]+) GB\.\*\n(.+)$", prose, re.MULTILINE).groups()
+    path = catalogue()[name].relative_to(ROOT).as_posix()
+    allowed = f"[Open in Colab](https://colab.research.google.com/github/{PLACE}/blob/main/{path})"
+    if float(gigabytes) < 1.75:
+        allowed += f" · [Binder](https://mybinder.org/v2/gh/{PLACE}/main?urlpath=lab/tree/{path})"
+    assert line == allowed, "make sync"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,6 +96,30 @@ def test_lesson_has_its_parts(name):
     assert "## Against the library" in prose and "## Break it" in prose
 
 
+@pytest.mark.parametrize("name", LESSONS)
+def test_lesson_has_exercises(name):
+    notebook = read(name)
+    assert len(read_exercises(notebook, name)) >= 2
+    headings = [line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines() if line.startswith("#")]
+    numbered = [int(line.split()[2]) for line in headings if line.startswith("### Exercise ")]
+    assert numbered == list(range(1, len(numbered) + 1)) and "## Exercises" in headings
+    sections = [line.lstrip("# ") for line in headings]
+    for exercise in read_exercises(notebook, name).values():
+        assert exercise.reread in sections, f"{exercise.name} sends the reader to “{exercise.reread}”, which is no section"
+
+
+def test_modules_form_floors():
+    """No module imports one of a later notebook, so the modules have an order and never a circle."""
+    for place, name in enumerate(NAMES):
+        path = ROOT / "bigmodel_nb" / f"{name}.py"
+        if path.exists():
+            later = {module_of(other) for other in NAMES[place:]}
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.level:
+                    parts = module_of(name).split(".")[: -node.level]
+                    assert ".".join([*parts, node.module]) not in later, f"{name} imports {node.module}"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_records_at_its_end(name):
     last = code(read(name))[-1].source
@@ -88,12 +130,13 @@ def test_records_at_its_end(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_imports_only_from_earlier_notebooks(name):
     earlier = {module_of(other) for other in NAMES[: NAMES.index(name)]}
-    allowed = earlier | {"bigmodel_nb", "bigmodel_nb.kit.record"} if name.startswith("kit/") else earlier | {"bigmodel_nb"}
+    allowed = earlier | {"bigmodel_nb"}
+    if name.startswith("kit/"):  # what every notebook ends with: its exercises, its records
+        allowed |= {"bigmodel_nb.kit.exercises", "bigmodel_nb.kit.record"}
     if name == "tour":  # written to be read first, run on everything
         allowed = {module_of(other) for other in NAMES}
     for cell in code(read(name)):
-        source = re.sub(r"^[%!].*$", "", cell.source, flags=re.MULTILINE)
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(ast.parse(TransformerManager().transform_cell(cell.source))):  # %magics become calls
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bigmodel_nb"):
                 assert node.module in allowed, f"{node.module} comes later in the course"
 

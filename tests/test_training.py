@@ -184,7 +184,7 @@ def test_live_curve_redraws_one_picture_a_run(monkeypatch):
     for _ in range(2):
         fit(network(), batches(), batches(), epochs=5, callbacks=[curve])
     assert [kind for kind, _ in shown] == ["display", "update"] * 2
-    assert "Loss by epoch; after 4 epochs" in shown[1][1].alt and shown[0][1].data[:4] == b"\x89PNG"
+    assert "Loss by epoch; after 4 epochs" in shown[1][1].metadata["alt"] and shown[0][1].data[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="every is 0; allowed is an integer of at least 1"):
         LiveCurve(0)
 

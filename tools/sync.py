@@ -1,7 +1,8 @@
 """Bring modules, outputs and README in line with the notebooks: `make sync`.
 
 Exports every notebook's module; runs the notebooks whose cells differ from the last commit (or those named, or --all)
-from top to bottom in a fresh kernel, and stores their outputs and measured cost; cleans; writes README.md.
+from top to bottom in a fresh kernel, and stores their outputs and measured cost; writes what lets each be opened
+elsewhere, a cell for Colab and the links; cleans; writes README.md.
 """
 import argparse
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 from nbdev.clean import nbdev_clean
+from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export
 
 from bigmodel_nb.headless.parameters import catalogue
@@ -23,12 +25,15 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "nbs"
 INDEX = NOTEBOOKS / "index.ipynb"
 COST = re.compile(r"^\*Measured on 2 CPU cores: .*\*$", re.MULTILINE)
+LINKS = re.compile(r"^\[Open in Colab\]\(.*$\n?", re.MULTILINE)
+BINDER_GIGABYTES = 1.7  # what a notebook may take on Binder, whose 2 GB hold JupyterLab too
+VIEW = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}}
 
 
 def sources(notebook: dict) -> list[tuple[str, str]]:
-    """What a reader wrote: kind and text of each cell, the measured cost apart."""
-    return [(cell["cell_type"], COST.sub("", "".join(cell["source"]))) for cell in notebook["cells"]]
+    """What an author wrote: kind and text of each cell, apart from the measured cost and the links."""
+    return [(cell["cell_type"], LINKS.sub("", COST.sub("", "".join(cell["source"]))).strip()) for cell in notebook["cells"]]
 
 
 def committed(path: Path) -> dict | None:
@@ -49,6 +54,52 @@ def cost(seconds: float, megabytes: float) -> str:
     return f"*Measured on 2 CPU cores: {max(step, step * round(seconds / step))} s, {megabytes / 1000:.1f} GB.*"
 
 
+def services() -> dict[str, str]:
+    """Where each service opens a file of this project: addresses that end before the file's path."""
+    project = get_config()
+    place = f"{project.user}/{project.repo}"
+    return {"Colab": f"https://colab.research.google.com/github/{place}/blob/{project.branch}/",
+            "Binder": f"https://mybinder.org/v2/gh/{place}/{project.branch}?urlpath=lab/tree/",
+            "Codespaces": f"https://codespaces.new/{place}"}
+
+
+def setup() -> str:
+    """What the first cell of a notebook does: on Colab it installs the package, elsewhere nothing."""
+    project = get_config()
+    raw = f"https://raw.githubusercontent.com/{project.user}/{project.repo}/{project.branch}"
+    return ('import sys\nif "google.colab" in sys.modules:  # which lacks this package\n'
+            f"    %pip install -q --no-deps -r {raw}/requirements/colab.txt")
+
+
+def links(path: Path, gigabytes: float) -> str:
+    """Where else the notebook can be opened; on Binder if it fits into the memory there."""
+    place, address = path.relative_to(ROOT).as_posix(), services()
+    fits = gigabytes <= BINDER_GIGABYTES
+    return f"[Open in Colab]({address['Colab']}{place})" + (f" · [Binder]({address['Binder']}{place})" if fits else "")
+
+
+def open_anywhere(path: Path, notebook: nbformat.NotebookNode) -> None:
+    """Write the cell for Colab, and the links below the measured cost."""
+    if notebook.cells[0].cell_type == "markdown":  # the tour has no module
+        notebook.cells.insert(0, nbformat.v4.new_code_cell())
+    directives = [line for line in notebook.cells[0].source.splitlines() if line.startswith("#|")]
+    notebook.cells[0].source = "\n".join([*directives, setup()])
+    prose = next(cell for cell in notebook.cells if cell.cell_type == "markdown")
+    measured = COST.search(prose.source)
+    if not measured:
+        sys.exit(f"{path}: its opening has no line {cost(5, 100)!r}, which the run keeps true")
+    line = links(path, float(re.search(r"([\d.]+) GB", measured.group()).group(1)))
+    prose.source = COST.sub(f"{measured.group()}\n{line}", LINKS.sub("", prose.source)).strip()
+
+
+def without_views(outputs: list) -> list:
+    """Outputs as a reader without a kernel needs them: where an image stands beside the view of a widget, the image."""
+    for output in outputs:
+        if "image/png" in output.get("data", {}):
+            output["data"].pop(VIEW, None)
+    return outputs
+
+
 def execute(name: str, path: Path) -> None:
     """Run the notebook and store outputs and cost in it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -58,14 +109,28 @@ def execute(name: str, path: Path) -> None:
     outputs = {cell.id: cell.outputs for cell in executed.cells if cell.cell_type == "code"}
     for cell in source.cells:
         if cell.cell_type == "code":
-            cell.outputs = outputs[cell.id]
+            cell.outputs = without_views(outputs[cell.id])
         else:
             cell.source = COST.sub(cost(done.seconds, done.peak_memory), cell.source)
+    if path != INDEX:
+        open_anywhere(path, source)
     nbformat.write(source, path)
 
 
+def badges() -> str:
+    """Pictures that open the first lesson in Colab, in Binder, and the project in Codespaces."""
+    address, lesson = services(), "nbs/02_foundations/01_losses.ipynb"
+    pictures = {"Colab": ("https://colab.research.google.com/assets/colab-badge.svg", "nbs/tour.ipynb"),
+                "Binder": ("https://mybinder.org/badge_logo.svg", lesson),
+                "Codespaces": ("https://github.com/codespaces/badge.svg", "")}
+    return "\n".join(f"[![Open in {name}]({picture})]({address[name]}{place})" for name, (picture, place) in pictures.items())
+
+
 def readme() -> str:
-    """The text of README.md, from nbs/index.ipynb: its prose, its code and the text that the code displays."""
+    """The text of README.md, from nbs/index.ipynb: its prose, its code and the text that the code displays.
+
+    Badges stand below the title: here only, since pictures of other sites would be fetched by whoever opens the notebook.
+    """
     parts = []
     for cell in nbformat.read(INDEX, as_version=4).cells:
         hidden = cell.source.startswith("#|")
@@ -76,7 +141,8 @@ def readme() -> str:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             parts.append(data.get("text/markdown") or f"```\n{output.get('text') or data.get('text/plain', '')}\n```")
-    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+    text = "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+    return re.sub(r"^# .*$", lambda title: f"{title.group()}\n\n{badges()}", text, count=1, flags=re.MULTILINE)
 
 
 def main() -> int:
@@ -90,6 +156,8 @@ def main() -> int:
     for path in everything.values():
         notebook = nbformat.read(path, as_version=4)
         notebook.metadata.update(KERNEL)
+        if path != INDEX:
+            open_anywhere(path, notebook)
         nbformat.write(notebook, path)
     nbdev_export()
     names = chosen.names or [name for name, path in everything.items() if chosen.all or is_stale(path)]

@@ -287,7 +287,7 @@ def rows_within(
     texts: Sequence[str],  # texts of the rows
     tokenizer: "PreTrainedTokenizerBase",  # of the encoder
     max_length: int = 128,  # longer texts count as this many tokens
-    tokens: int = 20_000,  # tokens in all
+    tokens: int = 16_000,  # tokens in all
 ) -> int:
     "How many of `texts`, of their mean length, hold `tokens` tokens; judged by the first 2,000."
     lengths = [len(each) for each in tokenizer(list(texts)[:2000], truncation=True, max_length=max_length)["input_ids"]]

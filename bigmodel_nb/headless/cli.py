@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from .parameters import BadRequest, catalogue, declaration, notebooks_folder
+from .parameters import BadRequest, declaration
+from ..kit.exercises import catalogue, notebooks_folder
 
 if TYPE_CHECKING:
     from bigmodel_nb.headless.run import Run

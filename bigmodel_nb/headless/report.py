@@ -50,10 +50,12 @@ _TEMPLATE = """
 {% block footer %}</main></body></html>{% endblock %}
 {% block input %}{% if cell.source.strip() %}<details class="code"><summary>code</summary>
 {{ cell.source | highlight_code(metadata=cell.metadata) | clean_html }}</details>{% endif %}{% endblock %}
-{% block data_png %}<img src="data:image/png;base64,{{ output.data['image/png'] | escape_html }}"
- alt="{{ ((output | get_metadata('alt', 'image/png')) or '') | escape_html }}">{% endblock %}
+{% macro png(output) %}<img src="data:image/png;base64,{{ output.data['image/png'] | escape_html }}"
+ alt="{{ ((output | get_metadata('alt', 'image/png')) or '') | escape_html }}">{% endmacro %}
+{% block data_png %}{{ png(output) }}{% endblock %}
 {% block data_javascript %}{% endblock %}
-{% block data_widget_view %}<pre>{{ output.data['text/plain'] | e }}</pre>{% endblock %}
+{% block data_widget_view %}{% if 'image/png' in output.data %}{{ png(output) }}
+{% else %}<pre>{{ output.data['text/plain'] | e }}</pre>{% endif %}{% endblock %}
 """
 
 # %% ../../nbs/10_headless/02_report.ipynb #58ebec97
@@ -151,6 +153,7 @@ def to_html(
     above.
     """
     notebook = copy.deepcopy(notebook)
+    notebook.metadata.pop("widgets", None)  # the state of widgets, for which the page has no kernel
     for cell in notebook.cells:  # recorded results have no picture; the summary shows them
         if "outputs" in cell:
             cell.outputs = [

@@ -9,6 +9,7 @@ __all__ = ['write_atomic', 'Run', 'RunFailed', 'read_run', 'stoppable', 'noteboo
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -329,6 +330,7 @@ def _execute(path: Path, values: dict, saver: _Saver, watch: _Watch, timeout: fl
     key = f"bigmodel-{id(saver)}"
     said = open(os.path.join(sockets, "said"), "w+", errors="replace")  # what the kernel tells its terminal
     environment = {**os.environ, "TQDM_DISABLE": "1"}
+    logging.getLogger("papermill").addFilter(_is_news)
     papermill_engines.register(key, _engine(watch, saver, _zygote(environment), env=environment, stderr=said))
     papermill_io.register(f"{key}://", saver)
     client = {
@@ -357,6 +359,11 @@ def _execute(path: Path, values: dict, saver: _Saver, watch: _Watch, timeout: fl
         watch.said = said.read().strip()
         said.close()
         shutil.rmtree(sockets, ignore_errors=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    "Whether a line of papermill's log is news: names were checked, and it takes one of type `Path | None` for unknown."
+    return not record.getMessage().startswith("Passed unknown parameter")
 
 
 def _kernel(path: Path) -> str:

@@ -1,37 +1,170 @@
-"""A browser, and the course as a site."""
+"""What the browser tests stand on: the system's Chromium; on loopback a JupyterLab with a copy of the notebooks, and the site."""
+import asyncio
 import fcntl
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# It asks nobody but this machine: neither for a page nor for itself.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+           "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost")
+ARTEFACTS = Path(__file__).parent / "artefacts"
+SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "docmanager-extension/plugin": {"autosave": False},
+    "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are in the page too
+}
 
 
 @pytest.fixture(scope="session")
-def chromium():
-    """The system's Chromium, running, as Playwright's `Browser`."""
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the path")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
+def started():
+    """The browser, and the event loop in which Playwright runs it."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not found:
+        pytest.skip(f"no browser was found on PATH: looked for {', '.join(BROWSERS)}")
+    ARTEFACTS.mkdir(exist_ok=True)
+    with sync_api.sync_playwright() as playwright:
+        browser, loop = playwright.chromium.launch(executable_path=found, args=OPTIONS), asyncio.get_running_loop()
+        asyncio._set_running_loop(None)
+        yield browser, loop
+        asyncio._set_running_loop(loop)
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def chromium(started):
+    """The system's Chromium or Chrome."""
+    return started[0]
+
+
+@pytest.fixture(autouse=True)
+def loop_of_playwright(started):
+    """Playwright's loop counts as running only within a browser test: others in this process run loops of their own."""
+    asyncio._set_running_loop(started[1])
+    yield
+    asyncio._set_running_loop(None)
+
+
+@dataclass
+class Lab:
+    """A JupyterLab server."""
+    address: str  # http://127.0.0.1:PORT
+    token: str
+    root: Path  # the folder that it shows
+    progress: Path  # where solved exercises are noted
+
+    def ask(self, path: str, method: str = "GET"):
+        """The server's answer to a request of its REST interface."""
+        request = Request(f"{self.address}/api/{path}", method=method, headers={"Authorization": f"token {self.token}"})
+        with urlopen(request, timeout=20) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def write(self, path: str, notebook: nbformat.NotebookNode) -> str:
+        """Put a notebook without its outputs into the server's folder: what is seen later was made here; its path."""
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, self.root / path)
+        return path
+
+    def read(self, path: str) -> nbformat.NotebookNode:
+        """A notebook as it lies in the server's folder."""
+        return nbformat.read(self.root / path, as_version=4)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def where_it_answers(process: subprocess.Popen, runtime: Path, log: Path) -> dict:
+    """What the server wrote of itself, once it has; it may have taken another port."""
+    end = time.monotonic() + 90
+    while time.monotonic() < end and process.poll() is None:
+        for note in runtime.glob("jpserver-*.json"):
+            try:
+                said = json.loads(note.read_text(encoding="utf-8"))
+                urlopen(f"{said['url']}api?token={said['token']}", timeout=5).close()
+                return said
+            except (OSError, ValueError):  # it listens in a moment
+                pass
+        time.sleep(0.1)
+    raise AssertionError(f"JupyterLab did not start: {log.read_text(encoding='utf-8')[-2000:]}")
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """JupyterLab with settings of its own, on a copy of the notebooks without their outputs."""
+    from bigmodel_nb.headless.cli import copy_notebooks
+
+    place = tmp_path_factory.mktemp("lab")
+    root, progress, runtime, log = place / "notebooks", place / "progress", place / "runtime", place / "log.txt"
+    copy_notebooks(root)
+    for name, values in SETTINGS.items():
+        path = place / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values), encoding="utf-8")
+    folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython",
+               "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
+    environment = {**os.environ, **{name: str(place / folder) for name, folder in folders.items()}, "BIGMODEL_PROGRESS": str(progress)}
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+               f"--ServerApp.port={free_port()}", f"--IdentityProvider.token={os.urandom(16).hex()}", f"--ServerApp.root_dir={root}"]
+    with open(log, "w", encoding="utf-8") as said:
+        process = subprocess.Popen(command, cwd=root, env=environment, stdout=said, stderr=subprocess.STDOUT)
+    try:
+        found = where_it_answers(process, runtime, log)
+        server = Lab(found["url"].rstrip("/"), found["token"], root, progress)
+        for path in root.rglob("*.ipynb"):
+            server.write(str(path.relative_to(root)), nbformat.read(path, as_version=4))
+        yield server
+        server.ask("shutdown", "POST")  # ends its kernels first
+        process.wait(timeout=30)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+@pytest.fixture
+def page(chromium, lab, request):
+    """A tab of its own that has reached for nothing but this machine; a picture of it is kept."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
+    foreign = []
+
+    def note(asked):
+        parts = urlsplit(asked.url)
+        if parts.scheme not in ("data", "blob") and parts.hostname != "127.0.0.1":
+            foreign.append(asked.url)
+
+    context.on("request", note)
+    tab = context.new_page()
+    yield tab
+    name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name).strip("-")
+    tab.screenshot(path=ARTEFACTS / f"{name}.png")
+    context.close()
+    for session in lab.ask("sessions"):
+        lab.ask(f"sessions/{session['id']}", "DELETE")
+    assert not foreign, f"asked for {foreign}"
 
 
 class Site(NamedTuple):
@@ -79,8 +212,7 @@ def site(tmp_path_factory):
     with open(shared / "course.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "index.html").exists():
-            command = [sys.executable, str(ROOT / "docs" / "make_site.py"), str(folder)]
-            made = subprocess.run(command, capture_output=True, text=True)
+            made = subprocess.run([sys.executable, str(ROOT / "docs" / "make_site.py"), str(folder)], capture_output=True, text=True)
             assert made.returncode == 0, made.stdout + made.stderr
     with serve(folder) as served:
         yield served
