@@ -16,7 +16,8 @@ import nbformat
 from nbformat.v4 import new_markdown_cell
 from sphinx.cmd.build import main as sphinx
 
-from bigmodel_nb.headless.parameters import catalogue, declaration, notebooks_folder
+from bigmodel_nb.headless.parameters import declaration
+from bigmodel_nb.kit.exercises import catalogue, notebooks_folder
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -129,10 +130,20 @@ def toctree(pages: list[str], caption: str = "") -> str:
     return "\n".join(["```{toctree}", ":hidden:", *head, "", *pages, "```"])
 
 
+def outward(markdown: str) -> str:
+    """Links to files of the project that are no pages of the site lead to the repository."""
+    def lead(found: re.Match) -> str:
+        target = found[1]
+        outside = target != "CONTRIBUTING.md" and (ROOT / target).exists()
+        return f"]({git_url()}/blob/main/{target})" if outside else found[0]
+
+    return re.sub(r"\]\(([\w./-]+)\)", lead, markdown)
+
+
 def index_page() -> str:
     """The prose of nbs/index.ipynb, with the map where its table stands."""
     cells = nbformat.read(NOTEBOOKS / "index.ipynb", as_version=4).cells
-    prose = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    prose = outward("\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown"))
     opening, rest = prose.replace("## The course\n", "").split("\n## ", 1)
     parts = [opening, "## The course",
              "Read the house from the ground up: a notebook stands only on notebooks before it.",
@@ -173,7 +184,8 @@ def write_sources(folder: Path) -> None:
             (folder / "api" / f"{module_of(name)}.md").write_text(module_page(name), encoding="utf-8")
     (folder / "index.md").write_text(index_page(), encoding="utf-8")
     (folder / "api" / "index.md").write_text(reference_page(), encoding="utf-8")
-    (folder / "CONTRIBUTING.md").write_text((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), encoding="utf-8")
+    contributing = outward((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    (folder / "CONTRIBUTING.md").write_text(contributing, encoding="utf-8")
 
 
 def run_sphinx(source: Path, out: Path, builder: str = "html") -> int:

@@ -15,7 +15,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from bigmodel_nb.headless.parameters import catalogue, declaration
+from bigmodel_nb.headless.parameters import declaration
+from bigmodel_nb.kit.exercises import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ARTEFACTS = Path(__file__).parent / "artefacts"
