@@ -251,3 +251,24 @@ def test_arguments_have_the_names_of_whoever_takes_them(lesson):
     assert "`letters` = 'ab'" in asked(path, lambda y: y, inputs=lambda: "ab", measure=lambda made, letters: made(letters)).message
     long = "a = 1\n" * 20
     assert f"\n~~~\n{long}\n~~~\n" in asked(path, lambda x: x, inputs=lambda: long).message
+
+
+@pytest.mark.parametrize("came", [np.arange(3), torch.ones(2), [1, 2], None, 3.5])
+def test_an_answer_of_another_kind_than_a_text_is_wrong_and_not_broken(lesson, came):
+    assert difference(came, "text").startswith("came")
+    verdict = asked(lesson(solution="def double(x):\n    return 'text'"), lambda x: came)
+    assert verdict.state == ("empty" if came is None else "wrong"), verdict
+
+
+def test_what_a_plain_reader_sees_keeps_the_signs_of_a_value():
+    assert repr(Verdict("wrong", "came 'a*b', expected `c`.\n\nTo reread: x.")) == "Not yet. came 'a*b', expected c.\n\nTo reread: x."
+
+
+def test_a_note_that_cannot_be_written_leaves_nothing_behind(progress_here, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exercises.os, "replace", full)
+    verdict = ask(ALL[0], ALL[0].solution)
+    assert verdict.solved and "could not be noted" in verdict.message and "No space left" in verdict.message
+    assert not [path for path in progress_here.rglob("*") if path.is_file()]

@@ -15,7 +15,6 @@ import os
 import random
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -199,7 +198,8 @@ def difference(
             return f"came {_a(kind)}, expected {show_value(expected)}"
         return _numbers_differ(came, expected, tolerance)
     else:
-        same = np.array_equal(came, expected) if isinstance(expected, np.ndarray) else came == expected
+        arrays = isinstance(came, np.ndarray) or isinstance(expected, np.ndarray)
+        same = np.array_equal(came, expected) if arrays else came == expected
         return None if same else f"came {show_value(came)}, expected {show_value(expected)}"
     found = ((place, difference(one, other, tolerance)) for place, one, other in parts)
     return next((f"at {place}, {said}" for place, said in found if said), None)
@@ -271,7 +271,7 @@ class Verdict:
         return "\n".join(f"> {line}".rstrip() for line in said.split("\n"))
 
     def __repr__(self) -> str:
-        return re.sub(r"^> ?|[*`]", "", self._repr_markdown_(), flags=re.MULTILINE)
+        return f"{_TITLES[self.state]}. {self.message}".replace("`", "")
 
 # %% ../../nbs/00_kit/04_exercises.ipynb #75da8abd
 class _Trial:
@@ -375,12 +375,14 @@ def _noted(notebook: str, name: str) -> Path:
 def _note(exercise: Exercise) -> str:
     "Note that an exercise is solved; empty, or a sentence where nothing can be written."
     path = _noted(exercise.notebook, exercise.name)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({"solved": datetime.now().astimezone().isoformat(timespec="seconds")}, file)
-        os.replace(file.name, path)
+        beside.write_text(json.dumps({"solved": datetime.now().astimezone().isoformat(timespec="seconds")}))
+        os.replace(beside, path)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
         return f" It could not be noted in {str(path.parent)!r}: {error.strerror}."
     return ""
 
