@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +17,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from bigmodel_nb.headless.parameters import BadRequest
-from bigmodel_nb.headless.sweep import Range, draw_sweep, grid_points, mean_interval, parse_values, sampled_points, sweep
+from bigmodel_nb.headless.run import run
+from bigmodel_nb.headless.sweep import Range, _Board, _collect, draw_sweep, grid_points, mean_interval, parse_values, sampled_points, sweep
 
 PARAMETERS = "n: int = 1  # a number\nseed: int = 0  # of all\ndata: str = ''  # a file"
 BODY = "from bigmodel_nb.kit.record import record\nopen('ran', 'w').close()\nrecord('share', seed + 1 / n)"
@@ -204,6 +206,24 @@ def test_a_sweep_that_was_interrupted_goes_on_where_it_stopped(save):
     assert list(resumed.status) == ["ok"] * 6
     after = {path.parent.name: path.stat().st_mtime_ns for path in Path("out").glob("*/report.html")}
     assert before and all(after[key] == before[key] for key in before), "what was done is not done again"
+
+
+class Silent:
+    """A task whose worker dies before it can say that it is done."""
+
+    def add_done_callback(self, _):
+        pass
+
+
+@pytest.mark.parametrize("begun_later, status", [(0, ["ok", "interrupted"]), (3600, ["interrupted", "interrupted"])], ids=["now", "before"])
+def test_a_run_that_ended_before_the_interrupt_is_told_so_if_this_sweep_began_it(save, begun_later, status):
+    board = _Board(Path("out").absolute(), "mine", ["n"], {"a": {"n": 1}, "b": {"n": 2}})
+    board.begun += timedelta(seconds=begun_later)
+    run(save(), out="out/a")
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        _collect(board, {Silent(): "a", Silent(): "b"}, progress=False)
+    assert list(pd.read_csv("out/sweep.csv").status) == status
 
 
 def test_a_scheduler_that_does_not_answer_writes_nothing(save):

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -389,11 +390,20 @@ class _Board:
 
     def __init__(self, folder: Path, title: str, swept: list[str], points: Mapping[str, Mapping[str, Any]]):
         self.folder, self.title, self.swept, self.points = folder, title, swept, points
+        self.begun = datetime.now().astimezone().replace(microsecond=0)
         self.records = {key: {"status": "pending"} for key in points}
 
     def set(self, key: str, record: Mapping[str, Any] | None) -> None:
         if record:
             self.records[key] = record
+
+    def on_disk(self, key: str) -> dict[str, Any] | None:
+        "The record of a run that began with this sweep and has ended; None where there is none."
+        with suppress(FileNotFoundError, ValueError, KeyError):
+            record = read_run(self.folder / key).record
+            if record["status"] != "running" and datetime.fromisoformat(record["started"]) >= self.begun:
+                return record
+        return None
 
     def open(self) -> list[str]:
         return [key for key, record in self.records.items() if record["status"] == "pending"]
@@ -415,22 +425,19 @@ def _collect(board: _Board, tasks: Mapping[Any, str], progress: bool) -> None:
                     raise KeyboardInterrupt
                 with suppress(Empty):
                     task = ended.get(timeout=0.2)
-                    board.set(tasks[task], _ended(task, board.folder / tasks[task]))
+                    board.set(tasks[task], board.on_disk(tasks[task]) or _told(task))
                     bar.update()
                     if ended.empty():  # runs that end together are written together
                         board.write()
     finally:
-        for key in board.open():
-            board.set(key, {"status": "interrupted"})
+        for key in board.open():  # one may have ended before its worker could say so
+            found = board.on_disk(key)
+            board.set(key, found if found and found["status"] == "ok" else {"status": "interrupted"})
         board.write()
 
 
-def _ended(task: Any, folder: Path) -> dict[str, Any]:
-    "How a run ended, by its record; of one whose worker was killed too often, what Dask says."
-    with suppress(FileNotFoundError, ValueError):
-        record = read_run(folder).record
-        if record["status"] not in ("running", *(["ok"] if task.status == "error" else [])):
-            return record
+def _told(task: Any) -> dict[str, Any]:
+    "What Dask says of a run that left no record, such as one whose worker was killed too often."
     try:
         return task.result(timeout=10)
     except Exception as error:  # whatever kept a worker from its task
