@@ -723,6 +723,9 @@ def _draw_attack(
                   f" {_number(change.abs().max().item())}, length {_number(change.norm().item())}.")
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #a372add5
+_METHODS = [COLORS[name] for name in ("ours", "library", "cure", "extra", "light", "limit")]  # none of which is a failure
+
+
 def label_explorer(
     results: pd.DataFrame,  # columns labels, method, value, low, high: a row a method and number of labels
     measure: str = "accuracy",  # what the values are
@@ -744,14 +747,14 @@ def label_explorer(
         raise ValueError(f"results holds {wrong}; allowed is one row for each method and positive number of labels,"
                          " with low <= value <= high")
     counts = [int(each) for each in rows["labels"].unique()]
-    if not len(COLORS) > rows["method"].nunique():
-        raise ValueError(f"results has {rows['method'].nunique()} methods; allowed are up to {len(COLORS) - 1}")
-    slider = ipywidgets.SelectionSlider(options=counts, value=counts[len(counts) // 2])
-    return Explorer(lambda labels: _draw_labels(rows, labels, measure), {"labels": slider}, layout_by=())
+    if rows["method"].nunique() > len(_METHODS):
+        raise ValueError(f"results has {rows['method'].nunique()} methods; allowed are up to {len(_METHODS)}")
+    slider = ipywidgets.SelectionSlider(options=counts, value=counts[-1])
+    methods = list(results["method"].unique())  # as given, and with them their colours
+    return Explorer(lambda labels: _draw_labels(rows, methods, labels, measure), {"labels": slider}, layout_by=())
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #1c02bba7
-def _draw_labels(rows: pd.DataFrame, labels: int, measure: str) -> tuple[Figure, str]:
-    methods = list(rows["method"].unique())
+def _draw_labels(rows: pd.DataFrame, methods: list[str], labels: int, measure: str) -> tuple[Figure, str]:
     here = rows[rows["labels"] == labels].set_index("method")
     said = {name: f"{here.value[name]:.3f} [{here.low[name]:.3f}, {here.high[name]:.3f}]" if name in here.index
             else "not measured here" for name in methods}
@@ -760,7 +763,7 @@ def _draw_labels(rows: pd.DataFrame, labels: int, measure: str) -> tuple[Figure,
     beside = ", its interval apart from the others" if apart else ", in an interval that overlaps another"
     title = f"With {labels} labels {best} is highest: {here.value[best]:.3f}{beside if len(here) > 1 else ''}"
     made, axes = figure(_literal(title), height=3.2, grid=True)
-    for number, (name, color, mark) in enumerate(zip(methods, list(COLORS.values()), "osD^vP")):
+    for number, (name, color, mark) in enumerate(zip(methods, _METHODS, "osD^vP")):
         part, style = rows[rows["method"] == name], {"color": color, "marker": mark}
         aside = 1.03 ** (number - (len(methods) - 1) / 2)  # beside each other, where intervals overlap
         bars = [part["value"] - part["low"], part["high"] - part["value"]]
