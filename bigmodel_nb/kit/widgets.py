@@ -723,7 +723,7 @@ def _draw_attack(
                   f" {_number(change.abs().max().item())}, length {_number(change.norm().item())}.")
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #a372add5
-_METHODS = [COLORS[name] for name in ("ours", "library", "cure", "extra", "light", "limit")]  # none of which is a failure
+_METHODS = [COLORS[name] for name in ("ours", "library", "cure", "extra", "light", "limit")]  # failure's is not one
 
 
 def label_explorer(
