@@ -24,7 +24,9 @@ EXPECTED = {
     "data/sources": lambda m: accuracy(m["leaky_accuracy"]) > accuracy(m["honest_accuracy"]) + 0.2 and m["closest_pair_across_split"] < 0.5
     and m["similarity_largest_difference"] < 1e-9 and accuracy(m["wine_accuracy_scaled"]) > accuracy(m["wine_accuracy"]) and m["rows"] >= 800,
     "foundations/losses": lambda m: m["largest_difference_from_torch"] < 1e-12 and m["gradient_difference"] < 1e-8
-    and abs(m["first_loss"] - 2.303) < 0.1 and m["softmax_twice_loss"] > m["softmax_twice_floor"],
+    and abs(m["first_loss"] - 2.303) < 0.1 and m["softmax_twice_loss"] > m["softmax_twice_floor"]
+    and m["focal_difference"] < 1e-12 and abs(m["gaussian_difference"]) < 1e-12
+    and m["mistakes_named"] == m["mistakes_tried"] >= 12 and m["false_alarms"] == 0,
     "models/vision": lambda m: accuracy(m["test_accuracy"]) > 0.96 > accuracy(m["linear_accuracy"]) and m["largest_difference_from_torch"] < 1e-10,
     "training/loop": lambda m: accuracy(m["test_accuracy"]) > 0.95 and m["overfitting"] > 1.2 and m["repeats_bit_for_bit"] and m["same_as_tutorial_loop"],
     "adapting/finetune": lambda m: m["accuracy_fine_tuned"]["low"] > 0.5 and m["accuracy_tfidf"]["high"] < 0.8 and m["reloaded_difference"] < 1e-5

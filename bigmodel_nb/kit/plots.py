@@ -13,6 +13,8 @@ from typing import Literal, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import PIL.Image
+import PIL.ImageChops
 from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -78,9 +80,22 @@ def show(
     if not alt.strip():
         raise ValueError("alt is empty; allowed is a sentence that says what the picture shows")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
     plt.close(figure)
-    return Image(buffer.getvalue(), metadata={"alt": alt})  # IPython 7, which Colab has, knows no `alt`
+    return Image(_with_palette(buffer), metadata={"alt": alt})  # IPython 7, which Colab has, knows no `alt`
+
+
+def _with_palette(png: io.BytesIO) -> bytes:
+    "The same picture in 256 colours, unless it is transparent or would change visibly."
+    drawn = PIL.Image.open(png)
+    plain = drawn.convert("RGB")
+    reduced = plain.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, dither=PIL.Image.Dither.NONE)
+    change = PIL.ImageChops.difference(reduced.convert("RGB"), plain)
+    opaque = drawn.getextrema()[3] == (255, 255)
+    alike = max(high for _, high in change.getextrema()) <= 16
+    buffer = io.BytesIO()
+    (reduced if opaque and alike else plain if opaque else drawn).save(buffer, format="png")
+    return buffer.getvalue()
 
 # %% ../../nbs/00_kit/02_plots.ipynb #93f92732
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # of red, green and blue light
