@@ -1,5 +1,8 @@
 """Chapter 2: losses."""
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from bigmodel_nb.foundations.losses import (
     log_softmax, mse, nll, softmax,
 )
 
+ROOT = Path(__file__).parents[1]
 scales = st.sampled_from([1.0, 100.0, 1e4])
 reductions = st.sampled_from(["none", "mean", "sum"])
 
@@ -337,6 +341,14 @@ def net(outputs, *last):
     return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, outputs), *last)
 
 
+def zeroed(model):
+    """The last layer starts at zero: each output is the same, and that is no mistake."""
+    with torch.no_grad():
+        for parameter in model[-1].parameters():
+            parameter.zero_()
+    return model
+
+
 INPUT, CLASSES, YES = torch.randn(40, 6, generator=torch.Generator().manual_seed(3)), torch.arange(40) % 4, (torch.arange(40) % 2).float()
 ONE_HOT = torch.eye(4)[CLASSES]
 
@@ -376,6 +388,8 @@ TOKENS, NEXT = torch.arange(24).reshape(4, 6) % 9, torch.arange(24).reshape(4, 6
     (lambda: net(1), (INPUT, YES[:, None]), lambda z, t: -F.binary_cross_entropy_with_logits(z, t), "the sign of the loss"),
     (lambda: net(4), (INPUT, CLASSES), lambda z, t: -F.cross_entropy(z, t), "the sign of the loss"),
     (lambda: net(4, nn.LogSoftmax(-1)), (INPUT, CLASSES), lambda z, t: z.gather(1, t[:, None]).mean(), "the sign of the loss"),
+    (lambda: net(4), (INPUT, CLASSES), lambda z, t: F.cross_entropy(z, z.argmax(1)), "a loss without the target"),
+    (lambda: net(1), (INPUT, YES[:, None]), lambda z, t: F.softplus(-z.abs()).mean(), "a loss without the target"),
     (lambda: net(4), (INPUT, ONE_HOT), F.binary_cross_entropy_with_logits, "a binary loss for one of many classes"),
     (lambda: net(4), (INPUT, CLASSES.float()), F.cross_entropy, "targets of the wrong kind"),
     (lambda: net(4), (INPUT, CLASSES + 1), F.cross_entropy, "targets out of range"),
@@ -405,6 +419,7 @@ def test_mistakes_are_named(model, batch, loss, mistake):
     (lambda: net(4), (INPUT, torch.where(CLASSES == 0, -100, CLASSES)), F.cross_entropy),
     (lambda: net(4), (INPUT, torch.where(CLASSES == 0, 9, CLASSES)), nn.CrossEntropyLoss(ignore_index=9)),
     (lambda: net(4), (INPUT, ONE_HOT), F.cross_entropy),
+    (lambda: zeroed(net(4)), (INPUT, CLASSES), F.cross_entropy),
     (lambda: net(4, nn.LogSoftmax(-1)), (INPUT, CLASSES), F.nll_loss),
     (lambda: net(4, nn.Softmax(-1)), (INPUT, CLASSES), lambda p, t: F.nll_loss(p.log(), t)),
     (lambda: net(1), (INPUT, YES[:, None]), F.binary_cross_entropy_with_logits),
@@ -442,3 +457,20 @@ def test_a_model_that_gives_no_outputs_is_refused():
         check_outputs(nn.LSTM(6, 3), (INPUT, CLASSES), F.cross_entropy)
     with pytest.raises(TypeError, match=r"model gives torch.int64 of shape \(40,\)"):
         check_outputs(type("Votes", (nn.Module,), {"forward": lambda self, x: x.argmax(1)})(), (INPUT, CLASSES), F.cross_entropy)
+
+
+def test_the_reading_list_can_be_true():
+    """Addresses are whole, ISBNs hold, and nothing was preprinted after it appeared."""
+    notebook = json.loads((ROOT / "nbs/02_foundations/04_reading.ipynb").read_text(encoding="utf-8"))
+    rows = [line for cell in notebook["cells"] for line in "".join(cell["source"]).splitlines() if re.match(r"\| [A-Z].*\]\(https", line)]
+    assert len(rows) > 50
+    for row in rows:
+        who, what, where, why = (part.strip() for part in row.strip("|").split("|"))
+        address = re.search(r"\]\((https://[^\s)]+)\)", what)[1]
+        year = re.search(r"\((\d{4})\)", who)
+        assert where and why and (year or "20" not in who), row
+        if arxiv := re.search(r"arxiv\.org/abs/(\d\d)(\d\d)\.\d{4,5}$", address):
+            assert 2000 + int(arxiv[1]) <= int(year[1]) and 1 <= int(arxiv[2]) <= 12, row
+        if "openlibrary.org/isbn" in address:
+            figures = [int(figure) for figure in address[-13:]]
+            assert (sum(figures[0::2]) + 3 * sum(figures[1::2])) % 10 == 0, row

@@ -27,6 +27,12 @@ EXPECTED = {
     and abs(m["first_loss"] - 2.303) < 0.1 and m["softmax_twice_loss"] > m["softmax_twice_floor"]
     and m["focal_difference"] < 1e-12 and abs(m["gaussian_difference"]) < 1e-12
     and m["mistakes_named"] == m["mistakes_tried"] >= 12 and m["false_alarms"] == 0,
+    "foundations/reading": lambda m: m["right_accuracy"] > 0.95 and accuracy(m["script_accuracy"]) > 0.95
+    and max(m[f"accuracy_{name}"] for name in ("own_answers", "without_input", "of_old_optimizer")) < 0.2
+    and m["loss_own_answers"] < 1e-3 and m["loss_of_wrong_sign"] < -1e3 and m["accuracy_of_wrong_sign"] < 0.6
+    and m["thousand_classes"]["binary"]["loss"] < 0.02 and m["thousand_classes"]["cross-entropy"]["accuracy"] > 10 * m["thousand_classes"]["binary"]["accuracy"]
+    and m["softmax_twice_loss"] > m["softmax_twice_floor"] and m["softmax_twice_times_slower"] > 3
+    and m["accuracy_of_regression"] < 0.5 and m["eval_gain"] > 0.2 and len(m["mistakes_named"]) == 4,
     "models/vision": lambda m: accuracy(m["test_accuracy"]) > 0.96 > accuracy(m["linear_accuracy"]) and m["largest_difference_from_torch"] < 1e-10,
     "training/loop": lambda m: accuracy(m["test_accuracy"]) > 0.95 and m["overfitting"] > 1.2 and m["repeats_bit_for_bit"] and m["same_as_tutorial_loop"],
     "adapting/finetune": lambda m: m["accuracy_fine_tuned"]["low"] > 0.5 and m["accuracy_tfidf"]["high"] < 0.8 and m["reloaded_difference"] < 1e-5

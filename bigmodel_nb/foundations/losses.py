@@ -523,10 +523,11 @@ def check_outputs(
 ) -> list[Finding]:  # empty where nothing was found
     """Name the mistakes in how a model, its targets and its loss fit together, as far as one batch shows them.
 
-    Found are: softmax or sigmoid taken twice, probabilities where logits are wanted and the like, targets of the
-    wrong shape, kind or range, a binary loss for one of many classes, a loss whose sign is turned for some targets,
-    and a first loss far from that of chance. A loss is known by what it answers to made-up outputs; of one that is no
-    cross-entropy, only shapes are checked. Raises `TypeError` for a model whose output is no floating tensor.
+    Found are: a loss that does not look at the targets, softmax or sigmoid taken twice, probabilities where logits
+    are wanted and the like, targets of the wrong shape, kind or range, a binary loss for one of many classes, a loss
+    whose sign is turned for some targets, and a first loss far from that of chance. A loss is known by what it
+    answers to made-up outputs; of one that is no cross-entropy, only shapes are checked. Raises `TypeError` for a
+    model whose output is no floating tensor.
     """
     input, target = batch
     with _at_rest(model):
@@ -547,10 +548,25 @@ def check_outputs(
     if found:
         return found  # a loss on an accelerator would not survive such targets
     wants = _wanted(asked, output, dim)
-    return _wrong_values(target, dim, wants) or _mistakes(
-        asked, output, dim, wants, _given(output, dim, stretched), trained)
+    return (_wrong_values(target, dim, wants) or _blind(asked, output, dim)
+            or _mistakes(asked, output, dim, wants, _given(output, dim, stretched), trained))
 
 # %% ../../nbs/02_foundations/01_losses.ipynb #f98ee927
+def _blind(asked: _Loss, output: Tensor, dim: int | None) -> list[Finding]:
+    "Whether the loss is the same for other targets."
+    target = asked.target
+    if dim is None or target.shape == output.shape:
+        others = 1 - target.to(output.dtype)
+    else:
+        others = torch.where((target >= 0) & (target < output.shape[dim]), (target + 1) % output.shape[dim], target)
+    half = _noise(output).sigmoid() / 2  # a probability, since some losses take no other
+    value, other = asked(half), asked(half, others)
+    if torch.equal(others, target) or value != other:  # nan differs from itself
+        return []
+    return [Finding("a loss without the target", f"with other targets, the loss is {value:.4g} again",
+                    "compare the outputs with the targets, not with themselves")]
+
+
 def _mistakes(
     asked: _Loss, output: Tensor, dim: int | None, wants: str, gives: str, trained: bool
 ) -> list[Finding]:
