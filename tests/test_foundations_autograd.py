@@ -24,7 +24,7 @@ ignore_numpy = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|
 
 
 def draw_array(seed, shape, dtype=np.float64, scale=1.0):
-    return (scale * np.random.default_rng(seed).normal(size=shape)).astype(dtype)
+    return np.array(scale * np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def compare(function, arrays, tolerance=1e-12, check=True):
@@ -256,6 +256,7 @@ def test_empty_and_scalar_shapes_move():
 
 # what a classifier ends with
 
+@ignore_numpy
 @given(st.lists(st.integers(0, 4), max_size=3), st.sampled_from([1.0, 100.0]), st.integers(0, 2**31), st.data())
 @settings(max_examples=50, deadline=None)
 def test_softmax_and_its_logarithm(shape, scale, seed, data):
@@ -586,7 +587,6 @@ def test_gradcheck_names_the_worst_element():
         gradcheck(planted, one, two)
     found = gradcheck(planted, one, two, raise_exception=False)
     assert (found.input, found.index) == (0, (1, 1)) and found.error > 0.1 and abs(found.analytic - found.numeric - 0.5) < 1e-8
-    assert gradcheck(lambda a, b: planted(b, a) * 0, one, two, raise_exception=False).error == 0
     assert one.grad is None and one.data.tolist() == draw_array(0, (2, 3)).tolist(), "inputs are left as they are"
 
 

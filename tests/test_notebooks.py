@@ -25,6 +25,10 @@ EXPECTED = {
     and m["similarity_largest_difference"] < 1e-9 and accuracy(m["wine_accuracy_scaled"]) > accuracy(m["wine_accuracy"]) and m["rows"] >= 800,
     "foundations/losses": lambda m: m["largest_difference_from_torch"] < 1e-12 and m["gradient_difference"] < 1e-8
     and abs(m["first_loss"] - 2.303) < 0.1 and m["softmax_twice_loss"] > m["softmax_twice_floor"],
+    "foundations/autograd": lambda m: m["operations"] >= 37 and m["largest_gradcheck_error"] < 1e-8 and m["largest_difference_from_torch"] < 1e-13
+    and abs(m["slope_through_a_deep_chain"] - 0.9999**10_000) < 1e-12 and list(m["results_alive"].values()) == [200, 1]
+    and "element (1, " in m["planted_bug"] and accuracy(m["test_accuracy"]) >= 0.96 and m["largest_difference_of_losses"] < 1e-10
+    and max(m["jvp_difference"], m["hvp_difference"], m["checkpoint"]["difference"]) < 1e-12 and m["checkpoint"]["kept"] < 0.5 and m["checkpoint"]["runs"] == 2,
     "models/vision": lambda m: accuracy(m["test_accuracy"]) > 0.96 > accuracy(m["linear_accuracy"]) and m["largest_difference_from_torch"] < 1e-10,
     "training/loop": lambda m: accuracy(m["test_accuracy"]) > 0.95 and m["overfitting"] > 1.2 and m["repeats_bit_for_bit"] and m["same_as_tutorial_loop"],
     "adapting/finetune": lambda m: m["accuracy_fine_tuned"]["low"] > 0.5 and m["accuracy_tfidf"]["high"] < 0.8 and m["reloaded_difference"] < 1e-5

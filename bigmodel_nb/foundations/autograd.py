@@ -69,7 +69,11 @@ class Tensor:
     __array_ufunc__ = None  # NumPy leaves `array * tensor` to the tensor
     __hash__ = object.__hash__  # a tensor is itself, although `==` compares numbers
 
-    def __init__(self, data: Any, requires_grad: bool = False):
+    def __init__(
+        self,
+        data: Any,  # real numbers: an array, nested lists or a scalar; copied
+        requires_grad: bool = False,  # whether operations on this tensor are remembered
+    ):
         self.data, self.grad, self._made_by, self._arrows = _numbers(np.array(data)), None, "", ()
         self.requires_grad = False
         self.requires_grad_(requires_grad)
@@ -105,8 +109,6 @@ class Tensor:
         if self.data.size != 1:
             raise ValueError(f"the tensor has shape {self.shape}; allowed is one element")
         return self.data.item()
-
-
 
 # %% ../../nbs/02_foundations/02_autograd.ipynb #2fcf067e
 _recording = ContextVar("recording", default=True)
@@ -356,7 +358,7 @@ def relu(
     "The positive part of each number; the slope at 0 is 0."
     input = _tensor(input)
     a = input.data
-    return _node("relu", np.maximum(a, 0), (input, lambda gradient: gradient * (a > 0)))
+    return _node("relu", np.maximum(a, 0), (input, lambda gradient: gradient * ~(a <= 0)))
 
 
 def gelu(
@@ -393,7 +395,7 @@ def clip(
     a = input.data
     low, high = -math.inf if min is None else min, math.inf if max is None else max
     value = np.clip(a, min, max)
-    return _node("clip", value, (input, lambda gradient: gradient * ((a >= low) & (a <= high))))
+    return _node("clip", value, (input, lambda gradient: gradient * ((a > low) & (a < high))))
 
 
 def where(
