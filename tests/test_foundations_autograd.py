@@ -509,6 +509,7 @@ def test_tensors_behave_like_values():
     assert Tensor([1, 2]).dtype == np.int64 and Tensor(np.ones(2, np.float32)).dtype == np.float32
     assert repr(Tensor([1.0], requires_grad=True)) == "Tensor([1.], requires_grad=True)"
     assert repr(Tensor([1.0], requires_grad=True) * 2) == "Tensor([2.], made_by='mul')" and repr(Tensor(2)) == "Tensor(2)"
+    assert not (tensor == None) and tensor != None and float(Tensor(2)) == 2.0 and Tensor([Tensor(1.0), Tensor(2.0)]).data.tolist() == [1, 2]  # noqa: E711
     with pytest.raises(TypeError):
         list(Tensor(1.0))
     with pytest.raises(ValueError):
@@ -534,6 +535,7 @@ BAD = [
     (lambda: leaf @ np.ones((2, 3)), ValueError, ["(2, 3)", "(..., inner, column)"]), (lambda: leaf @ 2.0, ValueError, ["other ()", "inner"]),
     (lambda: leaf.sum(2), IndexError, ["dim is 2", "2 axes", "-2 to 1"]), (lambda: leaf.mean((0, -2)), ValueError, ["dim is (0, -2)", "once"]),
     (lambda: leaf.softmax(5), ValueError, ["dim is 5"]), (lambda: leaf.max(-3), IndexError, ["dim is -3"]),
+    (lambda: Tensor([1, 2]).softmax(0), TypeError, ["int64", "floating"]),
     (lambda: Tensor(np.ones((0, 2))).max(), ValueError, ["(0, 2)", "one number"]), (lambda: Tensor(np.ones((0, 2))).max(0), ValueError, ["(0, 2)"]),
     (lambda: leaf.reshape(4), ValueError, ["shape is 4", "(2, 3)", "6 elements"]), (lambda: leaf.transpose(0, 2), IndexError, ["dim is 2"]),
     (lambda: leaf[5], IndexError, ["index is 5", "(2, 3)"]), (lambda: leaf[[0, 7]], IndexError, ["[0, 7]", "(2, 3)"]),

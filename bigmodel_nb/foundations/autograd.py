@@ -181,6 +181,7 @@ Tensor.__array__ = lambda self, dtype=None, copy=None: np.array(self.numpy(), dt
 Tensor.__len__ = lambda self: len(self.data)
 Tensor.__iter__ = lambda self: (self[row] for row in range(len(self)))
 Tensor.__bool__ = lambda self: bool(self.data)
+Tensor.__float__ = lambda self: float(self.item())
 
 # %% ../../nbs/02_foundations/02_autograd.ipynb #33fef87a
 Operand = Tensor | np.ndarray | float
@@ -294,7 +295,7 @@ def _in_place(function: Callable) -> Callable[[Tensor, Any], Tensor]:
 
 
 def _comparison(function: Callable) -> Callable[[Tensor, Any], Tensor]:
-    return lambda self, other: _node("", _broadcast(function, self, other)[2])
+    return lambda self, other: NotImplemented if other is None else _node("", _broadcast(function, self, other)[2])
 
 
 Tensor.__iadd__, Tensor.__isub__ = _in_place(np.add), _in_place(np.subtract)
@@ -682,6 +683,8 @@ def log_softmax(
 
 
 def _log_softmax(a: np.ndarray, axis: tuple[int, ...] | int) -> np.ndarray:
+    if a.dtype.kind != "f":
+        raise TypeError(f"input is of type {a.dtype}; allowed are floating types")
     shifted = a - a.max(axis, keepdims=True, initial=-np.inf)
     return shifted - np.log(np.exp(shifted).sum(axis, keepdims=True))
 
