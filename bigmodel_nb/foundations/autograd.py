@@ -740,11 +740,12 @@ def layer_norm(
 ) -> Tensor:  # the shape of `input`
     "Each example with mean 0 and variance 1, scaled and shifted. Raises `ValueError` for shapes that do not fit."
     input, shape = _tensor(input), tuple(normalized_shape)
-    for name, each in (("input", input), ("weight", weight), ("bias", bias)):
-        found = np.shape(getattr(each, "data", each)) if each is not None else shape
-        if not shape or (found[-len(shape) :] if name == "input" else found) != shape:
-            raise ValueError(f"{name} has shape {found} and normalized_shape is {shape}; allowed is a {name} that"
-                             f" {'ends in' if name == 'input' else 'has'} that shape, of one axis or more")
+    if not shape or input.shape[-len(shape) :] != shape:
+        raise ValueError(f"input has shape {input.shape} and normalized_shape is {shape}; allowed is one axis or more,"
+                         " the last of input")
+    for name, each in (("weight", weight), ("bias", bias)):
+        if each is not None and _tensor(each).shape != shape:
+            raise ValueError(f"{name} has shape {_tensor(each).shape}; allowed is normalized_shape, {shape}")
     axes = tuple(range(-len(shape), 0))
     centered = input.data - input.data.mean(axes, keepdims=True)
     scale = 1 / np.sqrt((centered * centered).mean(axes, keepdims=True) + eps)
