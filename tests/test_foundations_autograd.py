@@ -571,7 +571,7 @@ BAD = [
     (lambda: autograd.max_pool2d(np.ones((1, 1, 2, 2)), 1.5), ValueError, ["kernel_size is 1.5"]),
     (lambda: gradcheck(lambda a: a * 2, Tensor(np.ones(2, np.float32), requires_grad=True)), TypeError, ["float32", "float64"]),
     (lambda: gradcheck(lambda a: a * 2, Tensor(np.ones(2))), ValueError, ["no gradient"]),
-    (lambda: gradcheck(lambda a: autograd.dropout(a), leaf), ValueError, ["random"]),
+    (lambda: gradcheck(lambda a: autograd.dropout(a), leaf), ValueError, ["random"]), (lambda: gradcheck(lambda a: a.max(0), leaf), TypeError, ["a Max"]),
     (lambda: graph(leaf), ValueError, ["(2, 3)", "no operation"]), (lambda: graph(leaf * 2), ValueError, ["(2, 3)", "mul", "one element"]),
 ]
 

@@ -892,9 +892,9 @@ def graph(
     for each in _history(tensor):
         if each._arrows:
             operands = tuple(node[parent] for parent, _ in each._arrows)
-            kind = ("call_function", _OPERATORS[each._made_by]) if each._made_by in _OPERATORS else (
-                "call_method", each._made_by)
-            node[each] = drawn.create_node(*kind, operands, name=named.get(each, each._made_by))
+            target = _OPERATORS.get(each._made_by, each._made_by)
+            kind = "call_method" if isinstance(target, str) else "call_function"
+            node[each] = drawn.create_node(kind, target, operands, name=named.get(each, each._made_by))
         elif each.ndim == 0 and not each.requires_grad and each not in named:
             node[each] = each.item()
         else:
@@ -950,16 +950,20 @@ def gradcheck(
 ) -> Gradcheck:
     """Compare every derivative of `function` with central differences.
 
-    Raises `GradcheckError` where they differ, `TypeError` for inputs of another type, `ValueError` where there is
-    nothing to compare or `function` is random.
+    Raises `GradcheckError` where they differ, `TypeError` for inputs of another type or a result that is no tensor,
+    `ValueError` where there is nothing to compare or `function` is random.
     """
     inputs = [Tensor(each.data, each.requires_grad) for each in map(_tensor, inputs)]
     checked = [number for number, each in enumerate(inputs) if each.requires_grad]
     if wrong := [str(inputs[number].dtype) for number in checked if inputs[number].dtype != np.float64]:
         raise TypeError(f"inputs are of type {wrong[0]}; allowed is float64, whose digits the comparison needs")
-    if not checked or not np.array_equal(function(*inputs).data, function(*inputs).data, equal_nan=True):
-        raise ValueError("inputs require no gradient, or function gives two results for them; allowed is at least one"
-                         " input with requires_grad=True, and a function that is not random")
+    if not checked:
+        raise ValueError("inputs require no gradient; allowed is at least one with requires_grad=True")
+    twice = function(*inputs), function(*inputs)
+    if not isinstance(twice[0], Tensor):
+        raise TypeError(f"function gives a {type(twice[0]).__name__}; allowed is a Tensor")
+    if not np.array_equal(*(each.data for each in twice), equal_nan=True):
+        raise ValueError("function gives two results for the same inputs; allowed is one that is not random")
     found = [_worst(number, inputs[number].ndim, *_jacobians(function, inputs, number)) for number in checked]
     worst = sorted(found, key=lambda each: each.error)[-1]
     if raise_exception and worst.error > tolerance:
