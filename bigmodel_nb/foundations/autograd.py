@@ -898,7 +898,8 @@ def graph(
         elif each.ndim == 0 and not each.requires_grad and each not in named:
             node[each] = each.item()
         else:
-            node[each] = drawn.placeholder(named.get(each, "leaf" if each.requires_grad else "constant"))
+            name = named.get(each, "leaf" if each.requires_grad else "constant")
+            node[each] = drawn.create_node("placeholder", name, name=name)
     shown = lambda array: torch.from_numpy(np.array(array))
     value = {node[each]: shown(each.data) for each in node if isinstance(node[each], torch.fx.Node)}
     gradient = {node[each]: shown(slope) for each, slope in _walk(tensor, np.ones_like(tensor.data))}
