@@ -27,6 +27,10 @@ EXPECTED = {
     and abs(m["first_loss"] - 2.303) < 0.1 and m["softmax_twice_loss"] > m["softmax_twice_floor"]
     and m["focal_difference"] < 1e-12 and abs(m["gaussian_difference"]) < 1e-12
     and m["mistakes_named"] == m["mistakes_tried"] >= 12 and m["false_alarms"] == 0,
+    "foundations/autograd": lambda m: m["operations"] >= 37 and m["largest_gradcheck_error"] < 1e-8 and m["largest_difference_from_torch"] < 1e-13
+    and abs(m["slope_through_a_deep_chain"] - 0.9999**10_000) < 1e-12 and list(m["results_alive"].values()) == [200, 1]
+    and "element (1, " in m["planted_bug"] and accuracy(m["test_accuracy"]) >= 0.96 and m["largest_difference_of_losses"] < 1e-10
+    and max(m["jvp_difference"], m["hvp_difference"], m["checkpoint"]["difference"]) < 1e-12 and m["checkpoint"]["kept"] < 0.5 and m["checkpoint"]["runs"] == 2,
     "foundations/reading": lambda m: m["right_accuracy"] > 0.95 and accuracy(m["script_accuracy"]) > 0.95
     and max(m[f"accuracy_{name}"] for name in ("own_answers", "without_input", "of_old_optimizer")) < 0.2
     and m["loss_own_answers"] < 1e-3 and m["loss_of_wrong_sign"] < -1e3 and m["accuracy_of_wrong_sign"] < 0.6
