@@ -25,6 +25,13 @@ EXPECTED = {
     and m["similarity_largest_difference"] < 1e-9 and accuracy(m["wine_accuracy_scaled"]) > accuracy(m["wine_accuracy"]) and m["rows"] >= 800,
     "foundations/losses": lambda m: m["largest_difference_from_torch"] < 1e-12 and m["gradient_difference"] < 1e-8
     and abs(m["first_loss"] - 2.303) < 0.1 and m["softmax_twice_loss"] > m["softmax_twice_floor"],
+    "foundations/optim": lambda m: m["largest_difference_from_torch"] < 1e-12 and m["closed_form_difference"] < 1e-12 and m["contraction_error"] < 1e-3
+    and abs(m["slopes_of_steps"]["gradient descent"] - 1) < 0.1 and all(abs(m["slopes_of_steps"][kind] - 0.5) < 0.1 for kind in ("heavy ball", "Nesterov"))
+    and 0.6 < m["newton_schulz_band"][0] < 1 < m["newton_schulz_band"][1] < 1.3 and m["newton_schulz_limit_difference"] < 1e-12
+    and m["scale_free_difference"] < 1e-5 and m["schedule_difference"] < 1e-12 and m["clip_difference"] < 1e-12 and m["noise_difference"] < 1e-5
+    and abs(m["variance_slope"] + 1) < 0.05 and m["variance_largest_deviation"] < 0.3 and m["weights_after_decay"]["penalty"][0] > 0.7
+    and m["weights_after_decay"]["penalty"][1] < 0.05 and all(abs(weight - m["weights_after_decay"]["due"]) < 0.1 for weight in m["weights_after_decay"]["decoupled"])
+    and m["test_accuracy"]["Adam"] > 0.94 and m["test_accuracy"]["Muon, AdamW"] > 0.94 and m["test_accuracy"]["Adam"] > m["test_accuracy"]["gradient descent"] + 0.05,
     "models/vision": lambda m: accuracy(m["test_accuracy"]) > 0.96 > accuracy(m["linear_accuracy"]) and m["largest_difference_from_torch"] < 1e-10,
     "training/loop": lambda m: accuracy(m["test_accuracy"]) > 0.95 and m["overfitting"] > 1.2 and m["repeats_bit_for_bit"] and m["same_as_tutorial_loop"],
     "adapting/finetune": lambda m: m["accuracy_fine_tuned"]["low"] > 0.5 and m["accuracy_tfidf"]["high"] < 0.8 and m["reloaded_difference"] < 1e-5

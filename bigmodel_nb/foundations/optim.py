@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 # %% ../../nbs/02_foundations/03_optim.ipynb #0c4d73c1
 def _check_options(group: dict[str, Any]) -> None:
-    "Raise for an option of a parameter group that cannot work."
+    "Raise for parameters and options of a group that cannot work."
+    for parameter in group["params"]:
+        if not parameter.is_floating_point():
+            raise TypeError(f"params holds a tensor of {parameter.dtype}; allowed are real floating-point types")
     for name in ("lr", "momentum", "weight_decay", "eps", "alpha"):
         value = group.get(name, 0)
         if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.dim() == 0):
@@ -43,13 +46,12 @@ class _Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable, defaults: dict[str, Any]):
         if not isinstance(params, Tensor):  # which torch refuses in words of its own
-            params = list(params)
-            if not params:
+            if not (params := list(params)):
                 raise ValueError("params is empty; allowed is at least one parameter")
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        "Add a group of parameters; options that it does not name are the optimiser's. One that is refused is not added."
+        "Add a group of parameters; what it does not name is as in the optimiser. One that is refused is not added."
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
@@ -59,9 +61,11 @@ class _Optimizer(torch.optim.Optimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         _check_options(group)
-        for parameter in group["params"]:
-            if not parameter.is_floating_point():
-                raise TypeError(f"params holds a tensor of {parameter.dtype}; allowed are real floating-point types")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)  # which a state that torch's Muon saved lacks
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -129,7 +133,7 @@ class SGD(_Optimizer):
 
 # %% ../../nbs/02_foundations/03_optim.ipynb #fc1a3d16
 class RMSprop(_Optimizer):
-    """Slopes divided by the root of their mean square (Tieleman and Hinton 2012; centered: Graves 2013, section 4.2).
+    """Slopes divided by the root of their mean square (Tieleman and Hinton 2012; centered: Graves 2013).
 
     Semantics of `torch.optim.RMSprop`. Raises `ValueError` for options that cannot work, `TypeError` for wrong types.
     """
@@ -257,7 +261,7 @@ def newton_schulz(
     eps: float = 1e-7,  # smallest length that `input` is divided by
     dtype: torch.dtype = torch.bfloat16,  # to compute in; short types are fast, and exact enough for a step
 ) -> Tensor:  # (row, column), of type `dtype`
-    """A matrix with the singular vectors of `input` and singular values near 1, by `steps` of aX + b(XXᵀ)X + c(XXᵀ)²X.
+    """A matrix with the singular vectors of `input` and singular values near 1: `steps` of aX + b(XXᵀ)X + c(XXᵀ)²X.
 
     Raises `ValueError` for what is no matrix.
     """
@@ -273,8 +277,8 @@ def newton_schulz(
 
 # %% ../../nbs/02_foundations/03_optim.ipynb #80bdc004
 class Muon(_Optimizer):
-    """Momentum of a matrix, orthogonalised by Newton–Schulz steps in `bfloat16` (Jordan et al. 2024, “Muon: an optimizer
-    for hidden layers in neural networks”); rates by shape: Bernstein 2025, Liu et al. 2025 (arXiv 2502.16982).
+    """Momentum of a matrix, orthogonalised by Newton–Schulz steps in `bfloat16` (Jordan et al. 2024, “Muon: An
+    optimizer for hidden layers in neural networks”); rates by shape: Bernstein 2025, Liu et al. 2025, arXiv 2502.16982.
 
     Semantics of `torch.optim.Muon`. Raises `ValueError` for parameters that are no matrices and for options that cannot
     work, `TypeError` for wrong types.
@@ -366,8 +370,8 @@ def _endless(loader: Iterable, device: torch.device) -> Iterator[tuple[Tensor, T
                 raise ValueError(f"loader gives a {type(batch).__name__}; allowed are pairs (input, target)")
             yield batch[0].to(device), batch[1].to(device)
         if batch is None:
-            raise ValueError("loader gave no batch; allowed is at least one (a generator is empty after one pass: give a"
-                             " DataLoader or a list)")
+            raise ValueError("loader gave no batch; allowed is at least one (a generator is empty after one pass: give"
+                             " a DataLoader or a list)")
 
 
 def _copy_for_test(
@@ -402,8 +406,8 @@ def lr_range_test(
     where an exception or Ctrl-C ends the test. Raises `ValueError` for arguments that cannot work.
     """
     if not 0 < lowest < highest < math.inf or steps < 2:
-        raise ValueError(f"lowest is {lowest}, highest {highest} and steps {steps}; allowed are 0 < lowest < highest and"
-                         " at least 2 steps")
+        raise ValueError(f"lowest is {lowest}, highest {highest} and steps {steps}; allowed are 0 < lowest < highest"
+                         " and at least 2 steps")
     if not 0 <= smoothing < 1 or not divergence > 1:
         raise ValueError(f"smoothing is {smoothing} and divergence {divergence}; allowed are 0 <= smoothing < 1 and a"
                          " divergence above 1")
@@ -416,7 +420,7 @@ def lr_range_test(
     return RangeTest(rates[: len(losses)], losses, smoothed, diverged=len(losses) < steps,
                      suggestion=rates[best] / 10 if best > 0 else None)
 
-
+# %% ../../nbs/02_foundations/03_optim.ipynb #7ee1742c
 def _climb(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator, loss: Callable, rates: list[float],
     smoothing: float, divergence: float
@@ -459,8 +463,8 @@ def warmup_cosine(
     Raises `ValueError` for steps that leave no time to come down, and for a share outside of 0 to 1.
     """
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"warmup_steps is {warmup_steps} and total_steps {total_steps}; allowed are 0 <= warmup_steps <"
-                         " total_steps")
+        raise ValueError(f"warmup_steps is {warmup_steps} and total_steps {total_steps}; allowed are 0 <= warmup_steps"
+                         " < total_steps")
     if not 0 <= final <= 1:
         raise ValueError(f"final is {final}; allowed is a number from 0 to 1")
     factor = partial(_warmup_cosine_factor, warmup_steps=warmup_steps, total_steps=total_steps, final=final)
@@ -471,7 +475,7 @@ def warmup_cosine(
 class GradientNoise:
     "How much the gradients of batches scatter."
     variance: float  # estimate of tr Σ, the summed variances of the gradient of one example
-    squared_gradient: float  # estimate of |G|², the squared length of the gradient over all data; noise can make it < 0
+    squared_gradient: float  # estimate of |G|², the squared length of the whole gradient; noise can make it < 0
     batch_size: int  # examples in each batch
     batches: int  # batches that were looked at
 

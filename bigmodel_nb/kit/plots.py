@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
+from PIL.Image import Dither
+from PIL.Image import open as open_image
 
 # %% ../../nbs/00_kit/02_plots.ipynb #9388a877
 COLORS = {
@@ -73,6 +75,7 @@ def figure(
 def show(
     figure: Figure,  # a figure; it is closed, so that it is shown once and its memory is given back
     alt: str,  # what the picture shows, for a reader who cannot see it
+    colors: int | None = None,  # a palette of at most this many, from 2 to 256, makes a drawing smaller; None keeps all
 ) -> Image:
     "`figure` as an image with alternative text: the last line of a cell that draws."
     if not alt.strip():
@@ -80,6 +83,10 @@ def show(
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
+    if colors is not None:
+        drawn = open_image(buffer).convert("RGB").quantize(colors, dither=Dither.NONE)
+        buffer = io.BytesIO()
+        drawn.save(buffer, format="png", optimize=True)
     return Image(buffer.getvalue(), metadata={"alt": alt})  # IPython 7, which Colab has, knows no `alt`
 
 # %% ../../nbs/00_kit/02_plots.ipynb #93f92732
