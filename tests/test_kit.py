@@ -1,5 +1,6 @@
 """Chapter 0: records, pictures, device, seeds and shares."""
 import dataclasses
+import io
 import json
 import math
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL.Image import open as open_image
 from scipy.stats import binomtest
 from torch import nn
 
@@ -115,6 +117,19 @@ def test_show_gives_a_png_with_alternative_text_and_closes_the_figure():
     data, metadata = image._repr_mimebundle_()
     assert "image/png" in data and metadata["image/png"]["alt"] == "A line."
     assert not plt.fignum_exists(made.number)
+
+
+def test_a_palette_makes_a_drawing_smaller_and_keeps_its_colours():
+    pictures = {}
+    for colors in (None, 64):
+        made, axes = figure("A sentence")
+        axes.plot([0, 1], [0, 1], color=COLORS["ours"])
+        axes.plot([0, 0.02], [1, 1], color=COLORS["failure"], linewidth=4)  # a short line beside much of another colour
+        pictures[colors] = show(made, alt="Two lines.", colors=colors).data
+    whole, short = (np.asarray(open_image(io.BytesIO(each)).convert("RGB")).astype(int) for each in pictures.values())
+    assert len(pictures[64]) < 0.5 * len(pictures[None]) and whole.shape == short.shape
+    assert abs(whole - short).max() < 32
+    assert open_image(io.BytesIO(pictures[64])).mode == "P"
 
 
 def test_bad_input_of_plots():

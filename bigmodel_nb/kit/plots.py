@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
-from PIL.Image import Dither
+from PIL.Image import Quantize
 from PIL.Image import open as open_image
 
 # %% ../../nbs/00_kit/02_plots.ipynb #9388a877
@@ -84,7 +84,7 @@ def show(
     figure.savefig(buffer, format="png")
     plt.close(figure)
     if colors is not None:
-        drawn = open_image(buffer).convert("RGB").quantize(colors, dither=Dither.NONE)
+        drawn = open_image(buffer).convert("RGB").quantize(colors, Quantize.MAXCOVERAGE)
         buffer = io.BytesIO()
         drawn.save(buffer, format="png", optimize=True)
     return Image(buffer.getvalue(), metadata={"alt": alt})  # IPython 7, which Colab has, knows no `alt`
