@@ -1,11 +1,13 @@
 """Chapter 0: records, pictures, device, seeds and shares."""
 import dataclasses
+import io
 import json
 import math
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,6 +117,32 @@ def test_show_gives_a_png_with_alternative_text_and_closes_the_figure():
     data, metadata = image._repr_mimebundle_()
     assert "image/png" in data and metadata["image/png"]["alt"] == "A line."
     assert not plt.fignum_exists(made.number)
+
+
+def test_a_drawing_is_saved_in_256_colours_and_looks_the_same():
+    made, axes = figure("A sentence")
+    axes.plot([0, 1], [0, 1], color=COLORS["ours"])
+    axes.plot([0, 0.02], [1, 1], color=COLORS["failure"], linewidth=4)  # a short line beside much of another colour
+    whole = io.BytesIO()
+    made.savefig(whole, format="png")
+    short = show(made, alt="Two lines.").data
+    assert PIL.Image.open(io.BytesIO(short)).mode == "P" and len(short) < 0.5 * len(whole.getvalue())
+    before, after = (np.asarray(PIL.Image.open(each).convert("RGB")).astype(int) for each in (whole, io.BytesIO(short)))
+    assert before.shape == after.shape and abs(before - after).max() <= 16
+
+
+def test_a_photograph_keeps_its_colours_and_a_transparent_figure_its_transparency():
+    colours = np.stack(np.meshgrid(*[np.linspace(0, 1, 40)] * 2), -1)
+    made, axes = figure("A sentence", height=4)
+    axes.imshow(np.concatenate([colours, np.random.default_rng(0).random((40, 40, 1))], -1))
+    whole = io.BytesIO()
+    made.savefig(whole, format="png")
+    picture = PIL.Image.open(io.BytesIO(show(made, alt="All colours.").data))
+    assert picture.mode == "RGB"
+    assert np.array_equal(np.asarray(picture), np.asarray(PIL.Image.open(whole).convert("RGB")))
+    made, _ = figure("A sentence")
+    made.patch.set_alpha(0)
+    assert PIL.Image.open(io.BytesIO(show(made, alt="Nothing behind.").data)).mode == "RGBA"
 
 
 def test_bad_input_of_plots():

@@ -31,6 +31,13 @@ EXPECTED = {
     and abs(m["slope_through_a_deep_chain"] - 0.9999**10_000) < 1e-12 and list(m["results_alive"].values()) == [200, 1]
     and "element (1, " in m["planted_bug"] and accuracy(m["test_accuracy"]) >= 0.96 and m["largest_difference_of_losses"] < 1e-10
     and max(m["jvp_difference"], m["hvp_difference"], m["checkpoint"]["difference"]) < 1e-12 and m["checkpoint"]["kept"] < 0.5 and m["checkpoint"]["runs"] == 2,
+    "foundations/optim": lambda m: m["largest_difference_from_torch"] < 1e-12 and m["closed_form_difference"] < 1e-12 and m["contraction_error"] < 1e-3
+    and abs(m["slopes_of_steps"]["gradient descent"] - 1) < 0.1 and all(abs(m["slopes_of_steps"][kind] - 0.5) < 0.1 for kind in ("heavy ball", "Nesterov"))
+    and 0.6 < m["newton_schulz_band"][0] < 1 < m["newton_schulz_band"][1] < 1.3 and m["newton_schulz_limit_difference"] < 1e-12
+    and m["scale_free_difference"] < 1e-5 and m["schedule_difference"] < 1e-12 and m["clip_difference"] < 1e-12 and m["noise_difference"] < 1e-5
+    and abs(m["variance_slope"] + 1) < 0.05 and m["variance_largest_deviation"] < 0.3 and m["weights_after_decay"]["penalty"][0] > 0.7
+    and m["weights_after_decay"]["penalty"][1] < 0.05 and all(abs(weight - m["weights_after_decay"]["due"]) < 0.1 for weight in m["weights_after_decay"]["decoupled"])
+    and m["test_accuracy"]["Adam"] > 0.94 and m["test_accuracy"]["Muon, AdamW"] > 0.94 and m["test_accuracy"]["Adam"] > m["test_accuracy"]["gradient descent"] + 0.05,
     "foundations/reading": lambda m: m["right_accuracy"] > 0.95 and accuracy(m["script_accuracy"]) > 0.95
     and max(m[f"accuracy_{name}"] for name in ("own_answers", "without_input", "of_old_optimizer")) < 0.2
     and m["loss_own_answers"] < 1e-3 and m["loss_of_wrong_sign"] < -1e3 and m["accuracy_of_wrong_sign"] < 0.6
