@@ -86,15 +86,19 @@ def show(
 
 
 def _with_palette(png: io.BytesIO) -> bytes:
-    "The same picture in 256 colours, unless it is transparent or would change visibly."
+    "The same picture in 64 or 256 colours, unless it is transparent or would change visibly."
     drawn = PIL.Image.open(png)
-    plain = drawn.convert("RGB")
-    reduced = plain.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, dither=PIL.Image.Dither.NONE)
-    change = PIL.ImageChops.difference(reduced.convert("RGB"), plain)
-    opaque = drawn.getextrema()[3] == (255, 255)
-    alike = max(high for _, high in change.getextrema()) <= 16
+    opaque, plain = drawn.getextrema()[3] == (255, 255), drawn.convert("RGB")
+    for colors in (64, 256) if opaque else ():
+        reduced = plain.quantize(colors, PIL.Image.Quantize.MAXCOVERAGE, dither=PIL.Image.Dither.NONE)
+        change = PIL.ImageChops.difference(reduced.convert("RGB"), plain)
+        if max(high for _, high in change.getextrema()) <= 16:
+            drawn = reduced
+            break
+    else:
+        drawn = plain if opaque else drawn
     buffer = io.BytesIO()
-    (reduced if opaque and alike else plain if opaque else drawn).save(buffer, format="png")
+    drawn.save(buffer, format="png")
     return buffer.getvalue()
 
 # %% ../../nbs/00_kit/02_plots.ipynb #93f92732
