@@ -1,5 +1,6 @@
 """Figures that move, from plain Python: what each control changes, what is said, what torch says."""
 import base64
+import io
 import math
 import re
 
@@ -7,6 +8,7 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -129,7 +131,8 @@ def test_each_control_moves_picture_and_text_and_nothing_fails(explorer):
 
 def test_first_state_is_a_static_picture_with_text(explorer):
     data, metadata = explorer._repr_mimebundle_()
-    assert base64.b64decode(data["image/png"]) == explorer.picture
+    stored, shown = (PIL.Image.open(io.BytesIO(each)) for each in (base64.b64decode(data["image/png"]), explorer.picture))
+    assert stored.size == shown.size and len(data["image/png"]) < 0.6 * len(explorer.picture), "stored small, shown quickly"
     assert metadata == {"image/png": {"alt": explorer.alt}}
     assert "application/vnd.jupyter.widget-view+json" in data and len(data["text/plain"]) < 300
 

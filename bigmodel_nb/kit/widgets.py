@@ -27,7 +27,7 @@ from matplotlib.patches import FancyBboxPatch
 from torch import Tensor, fx, nn
 from traitlets import TraitError
 
-from .plots import COLORS, figure, limit_line, show
+from .plots import COLORS, figure, limit_line, png, with_palette
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #74924ea9
 class Explorer(ipywidgets.VBox):
@@ -79,7 +79,8 @@ class Explorer(ipywidgets.VBox):
         data = super()._repr_mimebundle_(**options)
         if self.picture is None:
             return data, {}
-        return data | {"image/png": base64.b64encode(self.picture).decode()}, {"image/png": {"alt": self.alt}}
+        picture = base64.b64encode(with_palette(self.picture)).decode()
+        return data | {"image/png": picture}, {"image/png": {"alt": self.alt}}
 
     def __repr__(self) -> str:
         return f"Explorer({', '.join(f'{name}={value!r}' for name, value in self.values.items())})"
@@ -97,7 +98,9 @@ def _redraw(explorer: Explorer) -> None:
                 made.set_layout_engine("none")
                 for part, place in zip([*made.axes, *made.texts], explorer._places[state]):
                     part.set_position(place)
-            explorer.picture, explorer.error = show(made, explorer.alt).data, None
+            if not explorer.alt.strip():
+                raise ValueError("alt is empty; allowed is a sentence that says what the picture shows")
+            explorer.picture, explorer.error = png(made), None
         if state is not None:
             explorer._places = {state: [*(axes.get_position(original=True) for axes in made.axes),
                                         *(text.get_position() for text in made.texts)]}
