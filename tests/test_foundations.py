@@ -248,17 +248,18 @@ def test_first_and_second_derivatives_by_differences(loss, leaf):
     assert torch.autograd.gradcheck(loss, (leaf, target)) and torch.autograd.gradgradcheck(loss, (leaf, target))
 
 
-def test_binary_cross_entropy_works_under_function_transforms():
-    p, t = torch.rand(3, 4, dtype=torch.float64) * 0.8 + 0.1, torch.rand(3, 4, dtype=torch.float64)
-    slopes = torch.func.vmap(torch.func.grad(binary_cross_entropy_unchecked))(p, t)
-    close(slopes, (p - t) / (p * (1 - p)))
-
-
-def binary_cross_entropy_unchecked(p, t):
-    """A check of values cannot be transformed, the loss itself can."""
-    from bigmodel_nb.foundations.losses import _BinaryCrossEntropy
-
-    return _BinaryCrossEntropy.apply(p, t).sum()
+@pytest.mark.parametrize("loss, theirs, kind", [
+    (cross_entropy, F.cross_entropy, "class"), (focal, None, "class"), (nll, F.nll_loss, "class"),
+    (binary_cross_entropy, F.binary_cross_entropy, "share"), (mse, F.mse_loss, "share"),
+    (binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits, "share"),
+])
+def test_slopes_of_single_examples_under_function_transforms(loss, theirs, kind):
+    input = torch.rand(5, 4, dtype=torch.float64) * 0.8 + 0.1
+    target = torch.tensor([0, 3, 1, 2, 2]) if kind == "class" else torch.rand(5, 4, dtype=torch.float64)
+    slopes = torch.func.vmap(torch.func.grad(loss))(input, target)
+    for row in range(5):
+        leaf = input[row].clone().requires_grad_()
+        close(slopes[row], torch.autograd.grad((theirs or loss)(leaf, target[row]), leaf)[0])
 
 
 @given(problems(), st.sampled_from([0.0, 0.5, 1.0, 2.0, 5.0]))

@@ -25,7 +25,7 @@ EXPECTED = {
     and m["similarity_largest_difference"] < 1e-9 and accuracy(m["wine_accuracy_scaled"]) > accuracy(m["wine_accuracy"]) and m["rows"] >= 800,
     "foundations/losses": lambda m: m["largest_difference_from_torch"] < 1e-12 and m["gradient_difference"] < 1e-8
     and abs(m["first_loss"] - 2.303) < 0.1 and m["softmax_twice_loss"] > m["softmax_twice_floor"]
-    and m["focal_difference"] < 1e-12 and abs(m["gaussian_difference"]) < 1e-12
+    and m["largest_slope_error"] < 1e-8 and m["focal_difference"] < 1e-12 and abs(m["gaussian_difference"]) < 1e-12
     and m["mistakes_named"] == m["mistakes_tried"] >= 12 and m["false_alarms"] == 0,
     "foundations/autograd": lambda m: m["operations"] >= 37 and m["largest_gradcheck_error"] < 1e-8 and m["largest_difference_from_torch"] < 1e-13
     and abs(m["slope_through_a_deep_chain"] - 0.9999**10_000) < 1e-12 and list(m["results_alive"].values()) == [200, 1]

@@ -68,12 +68,20 @@ def _check_targets(input: Tensor, target: Tensor, weight: Tensor | None, ignore_
         raise TypeError(f"target is {target.dtype}; allowed are integers, the index of the true class")
     classes, target = input.shape[0 if input.dim() == 1 else 1], target.long()
     _check_weight(weight, classes)
-    outside = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
-    if outside.numel():
+    outside = _some(target, (target != ignore_index) & ((target < 0) | (target >= classes)))
+    if outside is not None:
         raise ValueError(
-            f"target holds class {outside.flatten()[0].item()}; allowed are 0 to {classes - 1}, and ignore_index"
-            f" {ignore_index}"
+            f"target holds class {outside}; allowed are 0 to {classes - 1}, and ignore_index {ignore_index}"
         )
+
+
+def _some(values: Tensor, chosen: Tensor) -> float | None:
+    "One of the `values` that are `chosen`; None where none is, and under `torch.vmap`, where nobody can know."
+    try:
+        found = values[chosen]
+    except RuntimeError:
+        return None
+    return found[0].item() if found.numel() else None
 
 
 def _check_weight(weight: Tensor | None, classes: int) -> None:
@@ -213,9 +221,9 @@ def _check_same_shape(input: Tensor, target: Tensor) -> None:
 
 
 def _check_share(name: str, values: Tensor) -> None:
-    outside = values[~((values >= 0) & (values <= 1))]
-    if outside.numel():
-        raise ValueError(f"{name} holds {outside.flatten()[0].item():g}; allowed are numbers from 0 to 1")
+    outside = _some(values, ~((values >= 0) & (values <= 1)))
+    if outside is not None:
+        raise ValueError(f"{name} holds {outside:g}; allowed are numbers from 0 to 1")
 
 
 def _type_of_both(input: Tensor, target: Tensor) -> torch.dtype:
