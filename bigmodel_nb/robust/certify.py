@@ -323,13 +323,14 @@ class _Noisy(nn.Module):
             counts += torch.bincount(self._logits(copies).argmax(1), minlength=self.classes).cpu()
         return counts
 
-    def _votes(self, x: Tensor, *stages: int) -> list[list[Tensor]]:
-        "For each input the counts (class,) of each stage; no two stages share a draw."
-        votes = []
+    def _votes(self, x: Tensor, *stages: int) -> Tensor:
+        "Counts (stage, batch, class) of the classes that are read; no two stages share a draw."
+        votes = torch.zeros(len(stages), len(x), self.classes, dtype=torch.long)
         with _guest(self.model), torch.no_grad():
-            for each in x.split(1):
+            for example in range(len(x)):
                 generator = _generator(self.seed, x)
-                votes.append([self._count(each, n, generator) for n in stages])
+                for stage, n in enumerate(stages):
+                    votes[stage, example] = self._count(x[example : example + 1], n, generator)
         return votes
 
 # %% ../../nbs/06_robust/04_certify.ipynb #f9d199f6
@@ -358,7 +359,7 @@ class Smoothed(_Noisy):
     ) -> Tensor:  # (batch,) classes, -1 where the two most frequent ones are too close
         "The majority among `n` draws, or -1 (Predict, section 3.2.1)."
         _check_draws(x, alpha, n=n)
-        counts = torch.stack([torch.zeros(self.classes), *[count for (count,) in self._votes(x, n)]])[1:]
+        (counts,) = self._votes(x, n)
         (first, second), top = counts.topk(2).values.T.numpy(), counts.argmax(1)
         sure = torch.from_numpy(2 * stats.binom.cdf(second, first + second, 0.5) <= alpha)
         return torch.where(sure, top, -1).to(x.device)
@@ -373,7 +374,7 @@ class Smoothed(_Noisy):
         "The majority, and how long a change in the sphere cannot turn it (Certify, section 3.2.2)."
         _check_draws(x, alpha, n0=n0, n=n)
         classes, radii = [], []
-        for chosen, counted in self._votes(x, n0, n):
+        for chosen, counted in zip(*self._votes(x, n0, n)):
             top = chosen.argmax().item()
             low = clopper_pearson(counted[top].item(), n, alpha)
             classes.append(top if low > 0.5 else -1)
