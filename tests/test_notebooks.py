@@ -53,6 +53,13 @@ EXPECTED = {
     "robust/training": lambda m: accuracy(m["accuracy_adversarial"]) > 0.93 and m["robust_adversarial"]["low"] > m["robust_ordinary"]["high"]
     and m["saddle_difference"] < 1e-12 and m["cost_ratio"] > 1.5
     and m["fgsm_trained"]["by_fgsm"]["high"] > m["pgd_trained"]["by_fgsm"]["low"] and m["fgsm_trained"]["by_pgd"]["high"] < m["pgd_trained"]["by_pgd"]["low"],
+    "robust/certify": lambda m: m["certified_by_intervals"]["low"] > 0.6 and accuracy(m["certified_by_intervals"]) <= accuracy(m["under_pgd_by_intervals"])
+    and accuracy(m["certified_ordinary"]) < 0.05 and max(m["corner_difference"], m["linear_difference"], m["library_difference"]) < 1e-9
+    and m["looseness"]["1"] < 1.001 and m["looseness"]["6"] > 20 and m["lowest_coverage"]["exact"] >= 0.95 > m["lowest_coverage"]["normal"]
+    and m["longer_than_the_distance"]["low"] < 0.05 and m["turned"] == [0, m["digits_read_by_the_linear_model"]] and m["false_certificates"]["as derived"]["low"] <= 0.05
+    and 0.05 < m["false_certificates"]["chosen by the draws that count"]["low"] < 0.1 and m["false_certificates"]["the share instead of a bound"]["low"] > 0.4
+    and m["predict_disagreements"] == m["certificates_broken"] == 0
+    and accuracy(m["certified_by_noise"]["noise"]) > accuracy(m["certified_by_noise"]["ordinary"]),
     "tour": lambda m: m["accuracy"]["value"] >= 0.97 and abs(m["first_loss"] - 2.303) < 0.1 and m["loss_after_one_step"] < m["first_loss"]
     and m["robust_accuracy_ordinary"] < 0.1 and m["robust_accuracy_adversarial"] > m["robust_accuracy_ordinary"] + 0.25 and m["accuracy_adversarial"] > 0.93
     and m["text_accuracy_minilm_fine_tuned"]["low"] > 0.5,
