@@ -122,7 +122,9 @@ def _check_inputs(**inputs: Tensor) -> None:
             given = tensor.dtype if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
             raise TypeError(f"{name} is {given}; allowed is a floating tensor, such as images divided by 255")
         if tensor.dim() < 2:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is (batch, ...), with a dimension after the batch")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; allowed is (batch, ...), with a dimension after the batch"
+            )
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds nan or infinity; allowed are finite numbers")
 
@@ -194,7 +196,9 @@ def interval_radii(
     _check_inputs(x=x)
     least, most = _ends(bounds)
     if len(x) and (x.min() < least or x.max() > most):
-        raise ValueError(f"x ranges from {x.min():g} to {x.max():g}; allowed are values within bounds, {least} to {most}")
+        raise ValueError(
+            f"x ranges from {x.min():g} to {x.max():g}; allowed are values within bounds, {least:g} to {most:g}"
+        )
 
     def proven(eps: Tensor) -> Tensor:
         step = eps.view(-1, *[1] * (x.dim() - 1))
@@ -214,8 +218,12 @@ def interval_radii(
 
 
 def _ends(bounds: tuple[float, float]) -> tuple[float, float]:
-    if not (isinstance(bounds, Sequence) and len(bounds) == 2 and all(isinstance(end, Real) for end in bounds)
-            and bounds[0] < bounds[1]):
+    if not (
+        isinstance(bounds, Sequence)
+        and len(bounds) == 2
+        and all(isinstance(end, Real) for end in bounds)
+        and bounds[0] < bounds[1]
+    ):
         raise ValueError(f"bounds is {bounds!r}; allowed are a low and a higher number")
     return bounds
 
