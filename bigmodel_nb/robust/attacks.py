@@ -857,7 +857,10 @@ def _proposal(attack: "Square", change: Tensor, images: Tensor, share: float, nu
     side, signs = _side(share, *images.shape[2:]), (numbers[:, 4:] - 0.5).sign()[:, :, None, None]
     window, norm, eps = _window(images, side, numbers[:, :2]), attack.norm, attack.eps
     if norm == "linf":
-        return _project(torch.where(window, eps * signs, change), images, eps, norm, attack.bounds)
+        both = (torch.where(window, value * signs, change) for value in (eps, -eps))
+        tried = [_project(each, images, eps, norm, attack.bounds) for each in both]
+        idle = (tried[0] == change).flatten(1).all(1)  # then the other sign says something new
+        return torch.where(_per_example(idle, images), tried[1], tried[0])
     other, order = _window(images, side, numbers[:, 2:4]), _ORDERS[norm]
     kept = torch.where(window | other, 0.0, change)
     bump = _scaled(torch.where(window, change, 0.0), 1.0, norm) + _scaled(window * signs, 1.0, norm)
