@@ -363,7 +363,7 @@ def _told(model: nn.Module, slope: _Slope) -> Iterator[str]:
 class Attack:
     "What the attacks share: the checks, the manners of a guest, the warnings."
 
-    loss, targeted, fast, step_size = "margin", False, False, None  # of attacks that have no such setting
+    loss, step_size, targeted, early_stop, fast = "margin", None, False, False, False  # of attacks without the setting
     _allowed: ClassVar[dict[str, tuple[str, ...]]] = {}  # settings of which an attack takes fewer values
     _endless: ClassVar[bool] = False  # whether the radius may be infinite
 
@@ -421,7 +421,7 @@ class FGSM(Attack):
     loss: Literal["ce", "margin", "dlr"] = "ce"  # what is raised: cross-entropy, margin, or ratio of differences (DLR)
     bounds: tuple[float, float] = (0.0, 1.0)  # the box: smallest and largest value of an input
     targeted: bool = False  # approach the class that is given, instead of leaving it
-    fast: bool = False  # climb on a quick copy of the model, and judge by the model
+    fast: bool = False  # climb on a quick copy of the model: in bfloat16 where that is native
 
     def _run(self, slope: _Slope, x: Tensor, y: Tensor) -> Tensor:
         gradient, _, _ = slope(x, y)
@@ -457,7 +457,7 @@ class _Climber(Attack):
     targeted: bool = False  # approach the class that is given, instead of leaving it
     early_stop: bool = False  # leave an example alone once it is fooled
     seed: int = 0  # seed of the random starts; each example has its own, whatever stands beside it in the batch
-    fast: bool = False  # climb on a quick copy of the model, and judge by the model
+    fast: bool = False  # climb on a quick copy of the model: in bfloat16 where that is native
 
     def _run(self, slope: _Slope, x: Tensor, y: Tensor) -> Tensor:
         best, rows = _Best(x), torch.arange(len(x), device=x.device)
@@ -1093,15 +1093,16 @@ class _Quick(nn.Module):
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #e33affbe
 def _by_copy(attack: Attack, slope: _Slope, x: Tensor, y: Tensor) -> Tensor:
-    "Attack a quick copy of the model; what is misread by the copy alone is attacked again on the model itself."
+    "Attack a quick copy of the model; what was left alone though only the copy misreads it, again on the model itself."
     quick = attack._slope(_Quick(slope.model, x), x)
     size = _batch_size(quick.model, x)
     found = torch.cat([attack._found(quick, *part) for part in zip(x.split(size), y.split(size))])
-    margins = slope.look(found, y)[1]
-    rows = ((quick.look(found, y)[1] > 0) & ~(margins > 0)).nonzero()[:, 0]
-    if len(rows):
-        again = attack._found(slope, x[rows], y[rows])
-        better = slope.look(again, y[rows])[1] > margins[rows]
-        found[rows[better]] = again[better]
-    slope.faded, slope.blind = slope.faded | quick.faded, slope.blind | quick.blind
+    slope.faded, slope.blind = quick.faded, quick.blind
+    if attack.early_stop:
+        margins = slope.look(found, y)[1]
+        rows = ((quick.look(found, y)[1] > 0) & ~(margins > 0)).nonzero()[:, 0]
+        if len(rows):
+            again = attack._found(slope, x[rows], y[rows])
+            better = slope.look(again, y[rows])[1] > margins[rows]
+            found[rows[better]] = again[better]
     return found
