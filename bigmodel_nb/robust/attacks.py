@@ -923,7 +923,8 @@ def _judged(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 class EnsembleAttack(Attack):
     """Several attacks in turn, each on what the earlier ones left standing: the worst of them for each example.
 
-    `attack(model, x, y)` gives inputs of the shape of `x`.
+    `attack(model, x, y)` gives inputs of the shape of `x`. It has the `eps`, `norm`, `bounds` and `targeted` of its
+    attacks.
     """
 
     attacks: tuple[Attack, ...]  # in order, of one radius, norm and box, all targeted or none
@@ -936,6 +937,7 @@ class EnsembleAttack(Attack):
             values = {getattr(attack, name) for attack in self.attacks}
             if len(values) > 1:
                 raise ValueError(f"attacks differ in {name}: {sorted(map(str, values))}; allowed is one for all")
+            object.__setattr__(self, name, values.pop())
 
     def __call__(
         self,
@@ -962,16 +964,6 @@ class EnsembleAttack(Attack):
     ) -> "EnsembleAttack":
         "The same attacks at another radius."
         return EnsembleAttack(tuple(attack.at(eps) for attack in self.attacks))
-
-    @property
-    def eps(self) -> float:
-        "Radius of the ball, in input units."
-        return self.attacks[0].eps
-
-    @property
-    def targeted(self) -> bool:
-        "Whether the class that is given is approached."
-        return self.attacks[0].targeted
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #bb7c69e4
 def _standing(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
