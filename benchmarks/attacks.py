@@ -53,13 +53,13 @@ def attacks(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Cal
 
 
 def resnet_case(batch: int) -> tuple[nn.Module, Tensor, Tensor, float]:
-    """A ResNet-18 after some steps on digits blown up to 32 x 32 colour pixels, and digits with the classes that it gives them."""
+    """A ResNet-18 after some steps on digits blown up to 32 x 32 colour pixels, and others with the classes that it gives them."""
     images, targets = digits()
     images = nn.functional.interpolate(images, size=32, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
     torch.manual_seed(0)
     model = resnet18(num_classes=10)
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    fit(model, loader(images[:512], targets[:512], 64, shuffle=True), epochs=2, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), device="cpu")
+    fit(model, loader(images[:384], targets[:384], 32, shuffle=True), epochs=1, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), device="cpu")
     x = images[-batch:]
     with torch.no_grad():
         return model, x, model.eval()(x).argmax(1), 8 / 255
@@ -91,7 +91,7 @@ def measured(model: nn.Module, x: Tensor, y: Tensor, eps: float, rounds: int) ->
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4, help="in which each takes its turn, after one that warms up")
-    parser.add_argument("--batch", type=int, default=32, help="images for the ResNet")
+    parser.add_argument("--batch", type=int, default=16, help="images for the ResNet")
     chosen = parser.parse_args()
     net, x, y = digits_case()
     cases = {"ResNet-18": resnet_case(chosen.batch), "digits": (net, x, y, 0.15), "undefended": (net, x, y, 0.3)}
