@@ -48,7 +48,9 @@ EXPECTED = {
     "training/loop": lambda m: accuracy(m["test_accuracy"]) > 0.95 and m["overfitting"] > 1.2 and m["repeats_bit_for_bit"] and m["same_as_tutorial_loop"],
     "adapting/finetune": lambda m: m["accuracy_fine_tuned"]["low"] > 0.5 and m["accuracy_tfidf"]["high"] < 0.8 and m["reloaded_difference"] < 1e-5
     and m["masked_pooling_shift"] < 1e-4 < m["naive_pooling_shift"],
-    "robust/attacks": lambda m: m["clean_accuracy"] > 0.95 and m["attained_linf"] > 0.9999 and m["attained_l2"] > 0.9999
+    "robust/attacks": lambda m: m["clean_accuracy"] > 0.95 and min(m["attained_linf"], m["attained_l2"], m["attained_l1"]) > 0.9999
+    and 1 <= m["distance_found_to_exact"] < 1.005 and m["one_step_difference"] < 0.02 and m["ensemble_is_the_minimum"]
+    and abs(m["distance_of_ours_by_shift"][0] - m["distance_of_ours_by_shift"][1]) < 0.01
     and m["curve"]["accuracy"][-1] < 0.02 and m["masked_reported_by_plain_attack"] > 0.85 and abs(m["masked_reported_by_ours"] - accuracy(m["robust_accuracy_at_0_1"])) < 0.06,
     "robust/training": lambda m: accuracy(m["accuracy_adversarial"]) > 0.93 and m["robust_adversarial"]["low"] > m["robust_ordinary"]["high"]
     and m["saddle_difference"] < 1e-12 and m["cost_ratio"] > 1.5

@@ -115,13 +115,13 @@ def test_projection_is_the_nearest_point(seed, eps):
 
 @pytest.mark.parametrize("d", [1, 2, 10])
 def test_random_start_is_uniform_in_the_sphere(d):
-    lengths = _random_change(torch.zeros(20_000, d), 2.0, "l2", torch.Generator().manual_seed(0)).norm(dim=1)
+    lengths = _random_change(torch.rand(20_000, d, generator=torch.Generator().manual_seed(0)), 2.0, "l2", seed=0).norm(dim=1)
     for share in (0.1, 0.5, 0.9):
         assert abs((lengths <= 2 * share ** (1 / d)).float().mean() - share) < 0.015
 
 
 def test_random_start_is_uniform_in_the_cube():
-    change = _random_change(torch.zeros(20_000, 2), 0.5, "linf", torch.Generator().manual_seed(0))
+    change = _random_change(torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0)), 0.5, "linf", seed=0)
     assert change.abs().max() <= 0.5 and abs(change.var().item() - 1 / 12) < 0.002
 
 
@@ -387,8 +387,8 @@ def test_the_same_seed_gives_the_same_attack(trained):
 
 @pytest.mark.parametrize("options, said", [
     ({"eps": -0.1}, "eps is -0.1; allowed is a radius"), ({"eps": 8}, "eps is 8; allowed is a radius in input units, from 0 to 1, the width of bounds .*8/255"),
-    ({"eps": float("nan")}, "eps is nan"), ({"eps": "0.1"}, "eps is '0.1'"), ({"eps": True}, "eps is True"), ({"eps": 0.1, "norm": "l3"}, "norm is 'l3'; allowed are 'linf' and 'l2'"),
-    ({"eps": 0.1, "loss": "dlr"}, "loss is 'dlr'; allowed are 'ce' and 'margin'"), ({"eps": 0.1, "bounds": (1.0, 0.0)}, "bounds is"), ({"eps": 0.1, "bounds": 1.0}, "bounds is 1.0"),
+    ({"eps": float("nan")}, "eps is nan"), ({"eps": "0.1"}, "eps is '0.1'"), ({"eps": True}, "eps is True"), ({"eps": 0.1, "norm": "l3"}, "norm is 'l3'; allowed are 'linf' and 'l2' and 'l1'"),
+    ({"eps": 0.1, "loss": "hinge"}, "loss is 'hinge'; allowed are 'ce' and 'margin' and 'dlr'"), ({"eps": 0.1, "bounds": (1.0, 0.0)}, "bounds is"), ({"eps": 0.1, "bounds": 1.0}, "bounds is 1.0"),
     ({"eps": 0.1, "steps": 0}, "steps is 0"), ({"eps": 0.1, "steps": 2.5}, "steps is 2.5"), ({"eps": 0.1, "restarts": 0}, "restarts is 0"),
     ({"eps": 0.1, "step_size": 0.0}, "step_size is 0.0"), ({"eps": 0.1, "seed": -1}, "seed is -1")])
 def test_bad_settings_get_a_sentence(options, said):

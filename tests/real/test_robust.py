@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bigmodel_nb.data.sources import loader
-from bigmodel_nb.robust.attacks import FGSM, PGD, robust_accuracy, robustness_curve
+from bigmodel_nb.robust.attacks import APGD, FAB, FGSM, PGD, CarliniWagner, EnsembleAttack, MomentumPGD, Square, robust_accuracy, robustness_curve
 from bigmodel_nb.robust.training import AdversarialTraining
 from bigmodel_nb.training.loop import evaluate, fit
 
@@ -76,3 +76,19 @@ def test_adversarial_training_holds(real_data):
     judge, batches = PGD(0.1, steps=10, loss="margin", early_stop=True), loader(x, y, 200)
     assert robust_accuracy(hardened, batches, judge).low > robust_accuracy(net, batches, judge).high
     assert evaluate(hardened, batches).accuracy.value > 0.9
+
+
+def test_each_attack_fells_what_noise_does_not(real_data):
+    net, (x, y) = ordinary(real_data / "mnist")
+    x, y = x[:60], y[:60]
+    for attack, most in ((MomentumPGD(0.1), 0.5), (APGD(0.1, steps=20), 0.45), (APGD(0.1, steps=20, loss="dlr"), 0.5), (APGD(1.5, "l2", steps=20), 0.3),
+                         (APGD(15.0, "l1", steps=20), 0.3), (FAB(1.5, "l2", steps=5), 0.35), (CarliniWagner(1.5, steps=20, rounds=3, rivals=2), 0.35),
+                         (Square(0.1, queries=500, early_stop=True), 0.75)):
+        assert robust_accuracy(net, [(x, y)], attack).value <= most, attack
+
+
+def test_an_ensemble_and_a_quick_copy_are_no_easier(real_data):
+    net, (x, y) = ordinary(real_data / "mnist")
+    alone, quick, several = (robust_accuracy(net, loader(x, y, 100), attack) for attack in (
+        PGD(0.06, steps=20), PGD(0.06, steps=20, fast=True, early_stop=True), EnsembleAttack([PGD(0.06, steps=20), APGD(0.06, steps=20, loss="dlr")])))
+    assert quick.value <= alone.value + 0.015 and several.value <= alone.value and 0.2 < alone.value < 0.9
