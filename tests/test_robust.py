@@ -526,3 +526,12 @@ def test_no_warning_without_masking(trained):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PGD(0.05, steps=2)(net, x[:5], y[:5])
+
+
+def test_training_of_a_net_with_batch_norm_says_nothing_of_its_mode():
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(), torch.nn.Linear(8, 3)).train()
+    objective = AdversarialTraining(PGD(eps=0.1, steps=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss = objective(net, torch.rand(16, 6), torch.arange(16) % 3)
+    assert loss.requires_grad and all(module.training for module in net.modules())

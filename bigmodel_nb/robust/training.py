@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..foundations.losses import cross_entropy
-from .attacks import FGSM, PGD
+from .attacks import FGSM, PGD, _guest
 from ..training.loop import forward
 
 # %% ../../nbs/06_robust/02_training.ipynb #ecaf0f49
@@ -49,7 +49,9 @@ class AdversarialTraining:
         if isinstance(attack, PGD):
             attack = replace(attack, seed=attack.seed + self._calls)
         self._calls += 1
-        loss = self.loss(forward(model, attack(model, input, target)), target)
+        with _guest(model):  # in evaluation mode already, so the attack does not warn of the other
+            attacked = attack(model, input, target)
+        loss = self.loss(forward(model, attacked), target)
         if self.clean_weight == 0:
             return loss
         return (1 - self.clean_weight) * loss + self.clean_weight * self.loss(forward(model, input), target)
