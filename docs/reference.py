@@ -114,15 +114,16 @@ def _of_class(cls: type) -> Signature:
             return dataclasses.replace(_of_function(member, comments, bound=True), returns=None)
     if not dataclasses.is_dataclass(cls):
         return Signature(None, [])
-    rows, arguments = [], []
+    rows, arguments = {}, {}  # by name: a class may give a field of its base another default
     for base in reversed(cls.__mro__):
         if "__dataclass_fields__" in vars(base):
             node, comments = _node(base)
             for field in node.body:
                 if isinstance(field, ast.AnnAssign):
-                    rows.append((field.target.id, ast.unparse(field.annotation), comments.get(field.end_lineno, "")))
-                    arguments.append(ast.unparse(field))
-    return Signature(ast.parse(f"def fields({', '.join(arguments)}): ...").body[0].args, rows)
+                    name = field.target.id
+                    rows[name] = name, ast.unparse(field.annotation), comments.get(field.end_lineno, "")
+                    arguments[name] = ast.unparse(field)
+    return Signature(ast.parse(f"def fields({', '.join(arguments.values())}): ...").body[0].args, list(rows.values()))
 
 
 def signature_of(what: str, obj) -> Signature | None:

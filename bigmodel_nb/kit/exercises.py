@@ -401,7 +401,9 @@ def progress() -> "pd.DataFrame":  # a row an exercise: notebook, exercise, diff
     found = [each for name in catalogue() for each in read_exercises(_opened(name), name).values()]
     rows = [(each.notebook, each.title, "●" * each.difficulty + "○" * (3 - each.difficulty), each.minutes,
              _solved(each.notebook, each.name)) for each in found]
-    return pd.DataFrame(rows, columns=["notebook", "exercise", "difficulty", "minutes", "solved"])
+    table = pd.DataFrame(rows, columns=["notebook", "exercise", "difficulty", "minutes", "solved"])
+    table._repr_html_ = partial(table.to_html, notebook=True)  # all rows, where pandas shows ten of more than sixty
+    return table
 
 # %% ../../nbs/00_kit/04_exercises.ipynb #0e917065
 def check(
