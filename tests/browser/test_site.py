@@ -175,7 +175,7 @@ def test_module_page_says_what_the_source_says(chromium, site):
     with opened(chromium, site.address, "api/foundations.losses.html") as tab:
         entry = tab.locator("dl.py.function", has=tab.locator("[id='bigmodel_nb.foundations.losses.log_softmax']"))
         signature = re.sub(r"\s+", "", entry.locator("dt").first.inner_text())
-        assert signature.startswith("log_softmax(input:Tensor,dim:int=-1)→Tensor")
+        assert signature.startswith("log_softmax(input:Tensor,dim:int=-1,temperature:float=1.0)→Tensor")
         assert entry.locator("table tr").evaluate_all(cells)[1:] == [
             ["input", "Tensor", "logits of any shape, floating"], ["dim", "int", "the dimension of the classes"],
             ["returns", "Tensor", "the shape of input"]]
