@@ -178,6 +178,7 @@ def test_module_page_says_what_the_source_says(chromium, site):
         assert signature.startswith("log_softmax(input:Tensor,dim:int=-1,temperature:float=1.0)→Tensor")
         assert entry.locator("table tr").evaluate_all(cells)[1:] == [
             ["input", "Tensor", "logits of any shape, floating"], ["dim", "int", "the dimension of the classes"],
+            ["temperature", "float", "divides the logits; above 1 it evens the probabilities out"],
             ["returns", "Tensor", "the shape of input"]]
     with opened(chromium, site.address, "api/robust.attacks.html") as tab:
         text = tab.locator("dl.py.class", has=tab.locator("[id='bigmodel_nb.robust.attacks.FGSM']")).inner_text()
