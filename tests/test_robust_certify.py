@@ -220,6 +220,8 @@ def test_ramp_starts_at_the_plain_loss_and_arrives():
     assert values[0] == pytest.approx(cross_entropy(model(x), y).item())
     assert all(a < b for a, b in zip(values[:4], values[1:5])) and values[4] == values[5] == values[6]
     assert values[4] == pytest.approx(IntervalTraining(0.1, clean_weight=0.25)(model, x, y).item())
+    halfway = IntervalTraining(0.05, clean_weight=1 - 0.5 * 0.75)(model, x, y).item()
+    assert values[2] == pytest.approx(halfway), "radius and weight of the bound grow together"
 
 
 # Noise ----------------------------------------------------------------------------------------------------------------
