@@ -1,5 +1,6 @@
 """What every test stands on: no network, no hub, the same number of threads, the folder of real data."""
 import os
+import signal
 import sys
 import time
 import uuid
@@ -63,3 +64,11 @@ def workshop(tmp_path, monkeypatch) -> Path:
     """An empty folder that is the current one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal, even where the tests themselves were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -262,14 +262,6 @@ for _ in range(600):
 """
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C as in a terminal, even where the tests themselves were started in the background, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("source", [WAIT, STUBBORN], ids=["sleeps", "catches the interrupt"])
 def test_ctrl_c_is_an_interrupted_run(save, interruptible, source):
     import _thread

@@ -216,7 +216,7 @@ class Silent:
 
 
 @pytest.mark.parametrize("begun_later, status", [(0, ["ok", "interrupted"]), (3600, ["interrupted", "interrupted"])], ids=["now", "before"])
-def test_a_run_that_ended_before_the_interrupt_is_told_so_if_this_sweep_began_it(save, begun_later, status):
+def test_a_run_that_ended_before_the_interrupt_is_told_so_if_this_sweep_began_it(save, interruptible, begun_later, status):
     board = _Board(Path("out").absolute(), "mine", ["n"], {"a": {"n": 1}, "b": {"n": 2}})
     board.begun += timedelta(seconds=begun_later)
     run(save(), out="out/a")
