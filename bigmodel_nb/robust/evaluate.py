@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
 import pandas as pd
 import torch
 from IPython.display import Image
 from pandas.io.formats.style import Styler
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -88,9 +86,9 @@ def _weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"model is {path.name!r}, which holds no plain weights ({str(error).splitlines()[0][:80]}); allowed"
-                         " are safetensors, a state dict, TorchScript and .pt2, never a pickled object") from None
+    except Exception:  # of many kinds, for what is no file of weights
+        raise ValueError(f"model is {path.name!r}, which holds no plain weights; allowed are safetensors, a state dict,"
+                         " TorchScript and .pt2, never a pickled object") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"model is {path.name!r}, which holds a {type(state).__name__}, not a state dict; allowed are"
                          " names with tensors, as model.state_dict() gives them")
@@ -170,11 +168,9 @@ def _from_file(path: Path, architecture: str | None, size: int | None, classes: 
         raise FileNotFoundError(f"model is {str(path)!r}, and there is no such file; allowed are files, 'torchvision:NAME'"
                                 " and 'hf:NAME'")
     if path.suffix == ".pt2":
-        try:
-            program = torch.export.load(path)
-        except Exception as error:  # of many kinds, for what is no program
-            raise ValueError(f"model is {path.name!r}, which cannot be read as an exported program"
-                             f" ({str(error).splitlines()[0][:80]})") from None
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"model is {path.name!r}, which is no exported program; allowed is what torch.export.save wrote")
+        program = torch.export.load(path)
         (name, *_) = program.graph_signature.user_inputs
         shape = next(node.meta["val"].shape for node in program.graph.nodes if node.name == name)
         return _Program(program), {"size": int(shape[-1]), "channels": int(shape[1])} if len(shape) == 4 else {}
@@ -218,8 +214,8 @@ def load_classifier(
             logits = wrapped(torch.rand(count, channels, size, size))
         except Exception as error:  # whatever a model says of an input that it does not take
             raise ValueError(f"model does not take {count} images of {channels} x {size} x {size}"
-                             f" ({str(error).strip().splitlines()[0][:120]}); allowed are a size, grey and, for an export, a"
-                             " dynamic batch that fit") from None
+                             f" ({str(error).strip().splitlines()[0][:120]}); allowed are a size and grey that fit and, in"
+                             " an export, a batch of any size: dynamic_shapes=({0: torch.export.Dim('batch')},)") from None
     if logits.dim() != 2 or logits.shape[1] != classes:
         raise ValueError(f"model gives outputs of shape {tuple(logits.shape)} for 2 images, and data has {classes} class"
                          " folders; allowed is one logit for each folder, in the sorted order of their names")
@@ -356,7 +352,8 @@ class MaskingReport:
     def table(self) -> Styler:
         "The checks as a table in the house style; those that fail stand out."
         failed, count = f"font-weight: bold; color: {COLORS['failure']}", len(self.failed)
-        caption = "An attack by slopes can be believed" if not count else f"{count} of {len(self.checks)} checks fail"
+        said = "Attacks by slopes can be believed" if not count else f"{count} of {len(self.checks)} checks fail"
+        caption = f"{said} ({self.passes:,.0f} forward passes for each example)"
         return table(self.frame, caption).map(lambda verdict: failed if verdict == "fails" else "", subset=["verdict"])
 
     def _repr_html_(self) -> str:
@@ -447,8 +444,8 @@ def _by_entropy(seen: _Examined) -> Tensor:
 def _slope_checks(seen: _Examined) -> Iterator[Check]:
     flat = torch.ones_like(seen.fallen) if seen.slope is None else (seen.slope == 0).flatten(1).all(1)
     yield seen.check(
-        "the slope reaches the input", flat, f"the slope of cross-entropy is zero in every input of {_percent(flat)}"
-        + (": nothing differentiable leads there" if seen.slope is None else ""),
+        "the slope reaches the input", flat,
+        f"the slope of cross-entropy is zero in every input for {_percent(flat)} of the examples" + (": nothing differentiable leads there" if seen.slope is None else ""),
     )
     plain = _by_entropy(seen)
     yield seen.check("cross-entropy fells what the margin fells", seen.fallen & ~plain,
@@ -612,7 +609,8 @@ def draw_attacked(
         words = [truth[column], f"× {1 / largest:.2g}", f"read as {predicted[column]}"]
         for each, picture, text in zip(axes[:, column], shown, words):
             picture = picture.permute(1, 2, 0).squeeze(-1).numpy()
-            each.imshow(picture, cmap="gray_r" if picture.ndim == 2 else None, vmin=0, vmax=1, interpolation="nearest")
+            colors = None if picture.ndim == 3 else "PuOr" if text[:1] == "×" else "gray_r"
+            each.imshow(picture, cmap=colors, vmin=0, vmax=1, interpolation="nearest")
             each.set(xticks=[], yticks=[])
             each.set_xlabel(text if len(text) < 19 else text[:18] + "…", fontsize=8)
     pairs = ", ".join(f"{before} is read as {after}" for before, after in zip(truth, predicted))
