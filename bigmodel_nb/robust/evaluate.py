@@ -85,7 +85,8 @@ def _weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of how the file was written
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # of many kinds, for what is no file of weights
         raise ValueError(f"model is {path.name!r}, which holds no plain weights; allowed are safetensors, a state dict,"
                          " TorchScript and .pt2, never a pickled object") from None
