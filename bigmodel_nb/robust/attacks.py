@@ -972,7 +972,8 @@ def draws_lots(
     "Whether the model, asked twice about the same inputs, gives logits that differ by more than rounding."
     with _guest(model), torch.no_grad():
         first, second = (forward(model, x).double() for _ in range(2))
-    return not torch.allclose(first, second, rtol=0, atol=1e-3 * first.abs().max().item(), equal_nan=True)
+    rounding = 1e-3 * first.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+    return not torch.allclose(first, second, rtol=0, atol=rounding, equal_nan=True)
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #af6ecb73
 def _judged(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -980,26 +981,43 @@ def _judged(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     with _guest(model), torch.no_grad():
         return _margin(forward(model, x), y.to(x.device, torch.long))
 
+
+def _in_common(attacks: tuple[Attack, ...]) -> dict:
+    "The settings that all attacks of an ensemble must share."
+    if not attacks or not all(isinstance(attack, Attack) for attack in attacks):
+        raise ValueError(f"attacks is {attacks!r}; allowed are attacks of this module, at least one")
+    found = {}
+    for name in ("eps", "norm", "bounds", "targeted"):
+        values = {getattr(attack, name) for attack in attacks}
+        if len(values) > 1:
+            raise ValueError(f"attacks differ in {name}: {sorted(map(str, values))}; allowed is one for all")
+        found[name] = values.pop()
+    return found
+
+
+def _standard(steps: int, rivals: int, queries: int, **common) -> tuple[Attack, ...]:
+    "The parts of the standard ensemble."
+    return (
+        APGD(steps=steps, early_stop=True, **common),
+        APGD(steps=steps, loss="dlr", each=True, rivals=rivals, early_stop=True, **common),
+        FAB(steps=steps, each=True, rivals=rivals, **common),
+        Square(queries=queries, early_stop=True, **common),
+    )
+
 # %% ../../nbs/06_robust/01_attacks.ipynb #f60eae7c
 @dataclass(frozen=True)
 class EnsembleAttack(Attack):
     """Several attacks in turn, each on what the earlier ones left standing: the worst of them for each example.
 
-    `attack(model, x, y)` gives inputs of the shape of `x`. It has the `eps`, `norm`, `bounds` and `targeted` of its
-    attacks.
+    It has the `eps`, `norm`, `bounds` and `targeted` of its attacks.
     """
 
     attacks: tuple[Attack, ...]  # in order, of one radius, norm and box, all targeted or none
 
     def __post_init__(self):
         object.__setattr__(self, "attacks", tuple(self.attacks))
-        if not self.attacks or not all(isinstance(attack, Attack) for attack in self.attacks):
-            raise ValueError(f"attacks is {self.attacks!r}; allowed are attacks of this module, at least one")
-        for name in ("eps", "norm", "bounds", "targeted"):
-            values = {getattr(attack, name) for attack in self.attacks}
-            if len(values) > 1:
-                raise ValueError(f"attacks differ in {name}: {sorted(map(str, values))}; allowed is one for all")
-            object.__setattr__(self, name, values.pop())
+        for name, value in _in_common(self.attacks).items():
+            object.__setattr__(self, name, value)
 
     def __call__(
         self,
@@ -1038,17 +1056,8 @@ class EnsembleAttack(Attack):
         bounds: tuple[float, float] = (0.0, 1.0),  # the box: smallest and largest value of an input
         seed: int = 0,  # seed of all that is random
     ) -> "EnsembleAttack":
-        """AutoAttack's standard ensemble: APGD, targeted APGD on the ratio, targeted FAB, Square.
-
-        Source: Croce and Hein 2020, "Reliable evaluation of adversarial robustness", section 5.
-        """
-        common, early = {"eps": eps, "norm": norm, "bounds": bounds, "seed": seed}, {"early_stop": True}
-        return cls((
-            APGD(steps=steps, **common, **early),
-            APGD(steps=steps, loss="dlr", each=True, rivals=rivals, **common, **early),
-            FAB(steps=steps, each=True, rivals=rivals, **common),
-            Square(queries=queries, **common, **early),
-        ))
+        "AutoAttack's: APGD, targeted APGD on the ratio, targeted FAB, Square (Croce and Hein 2020, section 5)."
+        return cls(_standard(steps, rivals, queries, eps=eps, norm=norm, bounds=bounds, seed=seed))
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #bb7c69e4
 def _standing(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -156,8 +156,8 @@ def _from_hub(name: str) -> tuple[nn.Module, dict]:
         rule = AutoImageProcessor.from_pretrained(name)
         net = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model is 'hf:{name}'; allowed is an image classifier in safetensors, a folder or a name on the"
-                         f" hub ({str(error).strip().splitlines()[0]})") from None
+        raise ValueError(f"model is 'hf:{name}'; allowed is an image classifier in safetensors, a folder or a name on"
+                         f" the hub ({str(error).strip().splitlines()[0]})") from None
     size = rule.size.get("height") or rule.size.get("shortest_edge")
     normal = {"mean": rule.image_mean, "std": rule.image_std} if getattr(rule, "do_normalize", True) else {}
     return net, {"size": size, **normal}
@@ -166,11 +166,12 @@ def _from_hub(name: str) -> tuple[nn.Module, dict]:
 def _from_file(path: Path, architecture: str | None, size: int | None, classes: int) -> tuple[nn.Module, dict]:
     "A model from a file, and what the file tells of its preprocessing."
     if not path.is_file():
-        raise FileNotFoundError(f"model is {str(path)!r}, and there is no such file; allowed are files, 'torchvision:NAME'"
-                                " and 'hf:NAME'")
+        raise FileNotFoundError(f"model is {str(path)!r}, and there is no such file; allowed are files,"
+                                " 'torchvision:NAME' and 'hf:NAME'")
     if path.suffix == ".pt2":
         if not zipfile.is_zipfile(path):
-            raise ValueError(f"model is {path.name!r}, which is no exported program; allowed is what torch.export.save wrote")
+            raise ValueError(f"model is {path.name!r}, which is no exported program; allowed is what torch.export.save"
+                             " wrote")
         program = torch.export.load(path)
         (name, *_) = program.graph_signature.user_inputs
         shape = next(node.meta["val"].shape for node in program.graph.nodes if node.name == name)
@@ -208,18 +209,20 @@ def load_classifier(
         net, told = _from_file(Path(model).expanduser(), architecture, size, classes)
     size, channels = size or told.get("size"), channels or told.get("channels", 3)
     if not isinstance(size, int) or size < 1:
-        raise ValueError(f"size is {size!r}, and the model does not tell; allowed is the height and width of its images")
+        raise ValueError(f"size is {size!r}, and the model does not tell; allowed is the height and width of its"
+                         " images")
     wrapped = Preprocessed(net, mean or told.get("mean"), std or told.get("std")).eval().requires_grad_(False)
     for count in (3, 2):
         try:
             logits = wrapped(torch.rand(count, channels, size, size))
         except Exception as error:  # whatever a model says of an input that it does not take
-            raise ValueError(f"model does not take {count} images of {channels} x {size} x {size}"
-                             f" ({str(error).strip().splitlines()[0][:120]}); allowed are a size and grey that fit and, in"
-                             " an export, a batch of any size: dynamic_shapes=({0: torch.export.Dim('batch')},)") from None
+            said = str(error).strip().splitlines()[0][:120]
+            raise ValueError(f"model does not take {count} images of {channels} x {size} x {size} ({said}); allowed are"
+                             " a size and grey that fit and, in an export, a batch of any size:"
+                             " dynamic_shapes=({0: torch.export.Dim('batch')},)") from None
     if logits.dim() != 2 or logits.shape[1] != classes:
-        raise ValueError(f"model gives outputs of shape {tuple(logits.shape)} for 2 images, and data has {classes} class"
-                         " folders; allowed is one logit for each folder, in the sorted order of their names")
+        raise ValueError(f"model gives outputs of shape {tuple(logits.shape)} for 2 images, and data has {classes}"
+                         " class folders; allowed is one logit for each folder, in the sorted order of their names")
     return Classifier(wrapped, size, channels, classes)
 
 # %% ../../nbs/06_robust/03_evaluate.ipynb #423622cd
@@ -242,7 +245,9 @@ def sample_images(
         try:
             images.append(torch.from_numpy(_read_image(file, size).copy()))
         except ValueError as error:
-            raise ValueError(f"data holds {file.parent.name}/{file.name}, which is no readable image ({error})") from None
+            raise ValueError(
+                f"data holds {file.parent.name}/{file.name}, which is no readable image ({error})"
+            ) from None
     pixels = torch.stack(images)
     if channels == 1:
         pixels = (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True).clamp(0, 1)
@@ -253,7 +258,7 @@ def noise_curve(
     model: nn.Module,  # gives logits (batch, class); judged in evaluation mode and left as it was
     data: Iterable,  # batches (input, target), such as a DataLoader
     eps: Sequence[float],  # radii, in input units
-    norm: Literal["linf", "l2", "l1"] = "linf",  # what the radius limits: the largest change of an input, length, or sum
+    norm: Literal["linf", "l2", "l1"] = "linf",  # what the radius limits: largest change of an input, length, sum
     draws: int = 10,  # random changes for each example and radius, of which the worst counts
     bounds: tuple[float, float] = (0.0, 1.0),  # the box: smallest and largest value of an input
     seed: int = 0,  # seed of the changes
@@ -298,15 +303,17 @@ def plot_robustness(
     curves = {"under noise": (noise, COLORS["limit"]), "under attack": (curve, COLORS["ours"]),
               "certified": (certified, COLORS["cure"])}
     for name, (each, _) in curves.items():
-        missing = [] if each is None else [column for column in ("eps", "accuracy", "low", "high") if column not in each]
+        missing = [column for column in ("eps", "accuracy", "low", "high") if each is not None and column not in each]
         if missing or each is not None and each.empty:
-            raise ValueError(f"the curve {name!r} lacks {missing or 'rows'}; allowed are columns eps, accuracy, low, high")
+            raise ValueError(f"the curve {name!r} lacks {missing or 'rows'}; allowed are columns eps, accuracy, low and"
+                             " high")
     made, axes = figure(title, height=3.2, grid=True)
     for name, (each, color) in curves.items():
         if each is not None:
             axes.plot(each["eps"], 100 * each["accuracy"], color=color, label=name)
             axes.fill_between(each["eps"], 100 * each["low"], 100 * each["high"], color=color, alpha=0.15, lw=0)
-    axes.set(xlabel=f"{unit} (bands: 95 % intervals)", ylabel="accuracy (%)", xlim=(0, curve["eps"].max()), ylim=(-2, 103))
+    axes.set(xlabel=f"{unit} (bands: 95 % intervals)", ylabel="accuracy (%)")
+    axes.set(xlim=(0, curve["eps"].max() or 1), ylim=(-2, 103))
     if chance is not None:
         limit_line(axes, 100 * chance, "chance")
     label_lines(axes)
@@ -373,6 +380,22 @@ class _Counted(nn.Module):
         return forward(self.model, input)
 
 
+def _collected(model: nn.Module, data: Iterable, device, most: int = 2000) -> tuple[Tensor, Tensor]:
+    "The first examples of a loader, at most so many, where the model is."
+    inputs, targets, count = [], [], 0
+    with warnings.catch_warnings(action="ignore"):
+        for x, y in _batches(model, data, device):
+            inputs.append(x), targets.append(y)
+            count += len(x)
+            if count >= most:
+                break
+    return torch.cat(inputs)[:most], torch.cat(targets)[:most]
+
+
+def _percent(flags: Tensor) -> str:
+    return f"{flags.double().mean().item():.0%}"
+
+# %% ../../nbs/06_robust/03_evaluate.ipynb #c97980bc
 def _white_box(eps: float, norm: str, steps: int, bounds: tuple[float, float], seed: int) -> EnsembleAttack:
     climb = PGD(eps, norm, steps, bounds=bounds, early_stop=True, seed=seed)
     return EnsembleAttack((climb, replace(climb, loss="margin")))
@@ -415,10 +438,6 @@ class _Examined:
         verdict = "open" if open else "fails" if share.low > self.tolerance else "holds"
         return Check(check, verdict, reason, share)
 
-
-def _percent(flags: Tensor) -> str:
-    return f"{flags.double().mean().item():.0%}"
-
 # %% ../../nbs/06_robust/03_evaluate.ipynb #f70c0a8d
 def _varied(model: nn.Module, x: Tensor, y: Tensor, white: Attack, samples: int) -> Tensor:
     "(batch,) whether the points that the attack finds get more than one answer in `samples` draws."
@@ -446,7 +465,8 @@ def _slope_checks(seen: _Examined) -> Iterator[Check]:
     flat = torch.ones_like(seen.fallen) if seen.slope is None else (seen.slope == 0).flatten(1).all(1)
     yield seen.check(
         "the slope reaches the input", flat,
-        f"the slope of cross-entropy is zero in every input for {_percent(flat)} of the examples" + (": nothing differentiable leads there" if seen.slope is None else ""),
+        f"the slope of cross-entropy is zero in every input for {_percent(flat)} of the examples"
+        + (": nothing differentiable leads there" if seen.slope is None else ""),
     )
     plain = _by_entropy(seen)
     yield seen.check("cross-entropy fells what the margin fells", seen.fallen & ~plain,
@@ -464,11 +484,12 @@ def _effort_checks(seen: _Examined, across: float) -> Iterator[Check]:
     longer = _white_box(white.eps, white.norm, 2 * steps, white.bounds, seen.climb.seed + 1)
     new = seen.new(seen.standing, seen.fells(longer, seen.standing))
     yield seen.check("more effort changes nothing", new,
-                     f"{2 * steps} steps from another start fell {_percent(fallen | new)} instead of {_percent(fallen)}")
+                     f"{2 * steps} steps from another start fell {_percent(fallen | new)}, not {_percent(fallen)}")
     wide = white.at(min(2 * white.eps, across))
     wider = seen.fells(wide)
     yield seen.check("a larger radius fells no less", fallen & ~wider,
-                     f"at radius {wide.eps:.3g} {_percent(wider)} fall, at {white.eps:.3g} {_percent(fallen)}{said}", none)
+                     f"at radius {wide.eps:.3g} {_percent(wider)} fall, at {white.eps:.3g} {_percent(fallen)}{said}",
+                     open=none)
     everywhere = seen.fells(white.at(across))
     yield seen.check("without a limit all fall", ~everywhere,
                      f"{_percent(~everywhere)} stand though every input may take any value of the box")
@@ -529,23 +550,11 @@ def _stranger_checks(seen: _Examined, queries: int, points: int, substitute: nn.
                      f"one of {points:,} random points fells {int(new.sum())} of {len(few)} examples that stand")
 
 # %% ../../nbs/06_robust/03_evaluate.ipynb #d25d760d
-def _collected(model: nn.Module, data: Iterable, device, most: int = 2000) -> tuple[Tensor, Tensor]:
-    "The first examples of a loader, at most so many, where the model is."
-    inputs, targets, count = [], [], 0
-    with warnings.catch_warnings(action="ignore"):
-        for x, y in _batches(model, data, device):
-            inputs.append(x), targets.append(y)
-            count += len(x)
-            if count >= most:
-                break
-    return torch.cat(inputs)[:most], torch.cat(targets)[:most]
-
-
 def masking_report(
     model: nn.Module,  # gives logits (batch, class); examined in evaluation mode and left as it was
     data: Iterable,  # batches (input, target), such as a DataLoader; at most 2,000 examples are used
     eps: float,  # radius, in input units; one at which the attack fells some examples tells most
-    norm: Literal["linf", "l2", "l1"] = "linf",  # what the radius limits: the largest change of an input, length, or sum
+    norm: Literal["linf", "l2", "l1"] = "linf",  # what the radius limits: largest change of an input, length, sum
     *,
     steps: int = 20,  # steps of the white-box attack on either loss
     examples: int = 200,  # at most so many are attacked, drawn from those that the model reads rightly
@@ -566,8 +575,8 @@ def masking_report(
     white = _white_box(eps, norm, steps, bounds, seed)
     Square(eps, norm, queries, bounds=bounds)  # says what is wrong with the settings
     if not eps > 0 or not 0 < tolerance < 1 or min(points, examples) < 1:
-        raise ValueError(f"eps is {eps}, tolerance {tolerance}, points {points}, examples {examples}; allowed are an eps"
-                         " above 0, a tolerance between 0 and 1, and at least one point and one example")
+        raise ValueError(f"eps is {eps}, tolerance {tolerance}, points {points}, examples {examples}; allowed are an"
+                         " eps above 0, a tolerance between 0 and 1, and at least one point and one example")
     x, y = _collected(model, data, device)
     with warnings.catch_warnings(action="ignore"), _guest(model), torch.inference_mode(False), torch.enable_grad():
         lots = not isinstance(model, Expectation) and draws_lots(model, x[:8])
@@ -578,13 +587,14 @@ def masking_report(
             raise ValueError(f"model reads none of the {len(x)} examples rightly; allowed is one that reads some")
         generator = torch.Generator().manual_seed(seed)
         chosen = chosen[torch.randperm(len(chosen), generator=generator)[:examples].to(chosen.device)]
-        varied = _varied(counted, x[chosen], y[chosen], white, 10) if lots else torch.zeros(len(chosen), dtype=torch.bool)
-        seen = _Examined(judge, x[chosen], y[chosen], white, tolerance)
+        x_all, x, y = x, x[chosen], y[chosen]
+        varied = _varied(counted, x, y, white, 10) if lots else torch.zeros(len(x), dtype=torch.bool)
+        seen = _Examined(judge, x, y, white, tolerance)
         alike = seen.check("the same question gets the same answer", varied, (
             f"{_percent(varied)} of the attacked examples get more than one answer in ten draws; the other checks judge"
             " by the expectation over twenty" if lots else "asked twice, the model gives the same logits"))
         if substitute is None:
-            substitute = substitute_of(judge, x, seed)
+            substitute = substitute_of(judge, x_all, seed)
         across = (bounds[1] - bounds[0]) * x[0].numel() ** (1 / _ORDERS[norm])
         checks = (alike, *_slope_checks(seen), *_effort_checks(seen, across),
                   *_stranger_checks(seen, queries, points // 20 if lots else points, substitute))
