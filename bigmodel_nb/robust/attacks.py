@@ -193,7 +193,7 @@ class _Slope:
         self.checked = self.faded = self.blind = False
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Slope (batch, ...), loss and margin (batch,); y is (batch,), or (batch, 2) with a rival that the loss is about."
+        "Slope (batch, ...), loss and margin (batch,); y is (batch,), or (batch, 2): class, and rival of the loss."
         y, rival = y.unbind(1) if y.dim() == 2 else (y, None)
         x = x.detach().requires_grad_()
         logits = self.logits(x, y)
@@ -995,12 +995,13 @@ def _in_common(attacks: tuple[Attack, ...]) -> dict:
     return found
 
 
-def _standard(steps: int, rivals: int, queries: int, **common) -> tuple[Attack, ...]:
+def _standard(steps: int, restarts: int, rivals: int, queries: int, **common) -> tuple[Attack, ...]:
     "The parts of the standard ensemble."
+    effort = {"steps": steps, "restarts": restarts}
     return (
-        APGD(steps=steps, early_stop=True, **common),
-        APGD(steps=steps, loss="dlr", each=True, rivals=rivals, early_stop=True, **common),
-        FAB(steps=steps, each=True, rivals=rivals, **common),
+        APGD(early_stop=True, **effort, **common),
+        APGD(loss="dlr", each=True, rivals=rivals, early_stop=True, **effort, **common),
+        FAB(each=True, rivals=rivals, **effort, **common),
         Square(queries=queries, early_stop=True, **common),
     )
 
@@ -1051,13 +1052,14 @@ class EnsembleAttack(Attack):
         eps: float,  # radius of the ball, in input units
         norm: Literal["linf", "l2", "l1"] = "linf",  # what the radius limits: largest change of an input, length, sum
         steps: int = 100,  # steps of each climb and walk
+        restarts: int = 1,  # climbs and walks towards each goal
         rivals: int = 9,  # wrong classes that are tried, those of largest logits, or all there are
         queries: int = 5000,  # how often Square asks about each example
         bounds: tuple[float, float] = (0.0, 1.0),  # the box: smallest and largest value of an input
         seed: int = 0,  # seed of all that is random
     ) -> "EnsembleAttack":
         "AutoAttack's: APGD, targeted APGD on the ratio, targeted FAB, Square (Croce and Hein 2020, section 5)."
-        return cls(_standard(steps, rivals, queries, eps=eps, norm=norm, bounds=bounds, seed=seed))
+        return cls(_standard(steps, restarts, rivals, queries, eps=eps, norm=norm, bounds=bounds, seed=seed))
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #bb7c69e4
 def _standing(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -1092,9 +1094,8 @@ def _batches(model: nn.Module, data: Iterable, device: torch.device | str | None
         raise ValueError("data gives no batch; allowed is a loader with at least one example")
 
 
-def _fallen(
-    model: nn.Module, attack: Attack, radii: Sequence[float], x: Tensor, y: Tensor
-) -> Tensor:  # (batch,) place of the smallest radius, of ascending ones, with a known misread point; their number if none
+def _fallen(model: nn.Module, attack: Attack, radii: Sequence[float], x: Tensor, y: Tensor) -> Tensor:
+    "(batch,) place, among ascending radii, of the smallest one with a known misread point; their number if none."
     fallen = torch.where(_standing(model, x, y), len(radii), 0)
     for place in reversed(range(len(radii))):
         rows = (fallen == place + 1).nonzero()[:, 0]
