@@ -617,7 +617,7 @@ def draw_attacked(
         change = after - before
         largest = change.abs().max().clamp_min(1e-12)
         shown = [before, 0.5 + change / (2 * largest), after]
-        words = [truth[column], f"× {1 / largest:.2g}", f"read as {predicted[column]}"]
+        words = [truth[column], f"× {0.5 / largest:.2g}", f"read as {predicted[column]}"]
         for each, picture, text in zip(axes[:, column], shown, words):
             picture = picture.permute(1, 2, 0).squeeze(-1).numpy()
             colors = None if picture.ndim == 3 else "PuOr" if text[:1] == "×" else "gray_r"
