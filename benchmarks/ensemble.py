@@ -1,7 +1,7 @@
 """The standard ensemble of robust/attacks beside AutoAttack of torchattacks and of ART, on hardened nets: what each leaves standing, example by example.
 
 Three cases: a digits net, the same at another radius, and a net for MNIST where `BIGMODEL_DATA` names a folder that holds it. All attack with 100 steps
-and 5,000 queries, ours and torchattacks towards nine rivals. ART starts each climb five times, so ours takes part with one start and with five; the parts
+and 5,000 queries, ours and torchattacks towards nine rivals. ART starts each climb and search five times, so ours takes part with one start and with five; the parts
 of torchattacks' AutoAttack take 10 steps, so they take part with 10 and with 100. Whatever
 an attack finds is judged by the model in float32. Prints what stands, and for each pair which examples only one of them fells, with the margin that the
 other one reached: within rounding of 0 the two stopped at the same boundary. Exits with 1 where another ensemble leaves fewer standing than ours of five starts.

@@ -141,6 +141,8 @@ def test_standard_is_the_papers_ensemble():
     assert [getattr(part, "each", None) for part in parts] == [False, True, True, None]
     assert (parts[0].loss, parts[1].loss, parts[0].steps, parts[1].rivals, parts[2].steps, parts[3].queries) == ("ce", "dlr", 100, 9, 100, 5000)
     assert {part.eps for part in EnsembleAttack.standard(0.1, "l2").at(0.5).attacks} == {0.5}
+    several = EnsembleAttack.standard(0.1, restarts=3).attacks
+    assert [part.restarts for part in several[:3]] == [3, 3, 3] and [part.seed for part in several[3:]] == [0, 1, 2]
 
 
 def test_standard_is_the_minimum_for_each_example(net):

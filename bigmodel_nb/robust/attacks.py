@@ -995,15 +995,16 @@ def _in_common(attacks: tuple[Attack, ...]) -> dict:
     return found
 
 
-def _standard(steps: int, restarts: int, rivals: int, queries: int, **common) -> tuple[Attack, ...]:
-    "The parts of the standard ensemble."
-    effort = {"steps": steps, "restarts": restarts}
-    return (
+def _standard(steps: int, restarts: int, rivals: int, queries: int, seed: int, **common) -> tuple[Attack, ...]:
+    "The parts of the standard ensemble; a search has no restarts, so each of its starts is a part."
+    effort = {"steps": steps, "restarts": restarts, "seed": seed}
+    by_slopes = (
         APGD(early_stop=True, **effort, **common),
         APGD(loss="dlr", each=True, rivals=rivals, early_stop=True, **effort, **common),
         FAB(each=True, rivals=rivals, **effort, **common),
-        Square(queries=queries, early_stop=True, **common),
     )
+    seeds = range(seed, seed + restarts)
+    return (*by_slopes, *(Square(queries=queries, early_stop=True, seed=start, **common) for start in seeds))
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #f60eae7c
 @dataclass(frozen=True)
@@ -1052,14 +1053,14 @@ class EnsembleAttack(Attack):
         eps: float,  # radius of the ball, in input units
         norm: Literal["linf", "l2", "l1"] = "linf",  # what the radius limits: largest change of an input, length, sum
         steps: int = 100,  # steps of each climb and walk
-        restarts: int = 1,  # climbs and walks towards each goal
+        restarts: int = 1,  # climbs and walks towards each goal, and searches
         rivals: int = 9,  # wrong classes that are tried, those of largest logits, or all there are
         queries: int = 5000,  # how often Square asks about each example
         bounds: tuple[float, float] = (0.0, 1.0),  # the box: smallest and largest value of an input
         seed: int = 0,  # seed of all that is random
     ) -> "EnsembleAttack":
         "AutoAttack's: APGD, targeted APGD on the ratio, targeted FAB, Square (Croce and Hein 2020, section 5)."
-        return cls(_standard(steps, restarts, rivals, queries, eps=eps, norm=norm, bounds=bounds, seed=seed))
+        return cls(_standard(steps, restarts, rivals, queries, seed, eps=eps, norm=norm, bounds=bounds))
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #bb7c69e4
 def _standing(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
