@@ -151,6 +151,8 @@ def test_a_path_is_resolved_against_the_current_folder(workshop):
     parameter = Parameter("data", "Path | None", None)
     assert check_value(parameter, "rows.csv", text=True) == check_value(parameter, Path("rows.csv")) == str(workshop / "rows.csv")
     assert check_value(parameter, None) is None
+    either = Parameter("model", "Path | str | None", None)  # a file, or a name where there is no such file
+    assert check_value(either, "rows.csv", text=True) == str(workshop / "rows.csv") and check_value(either, "hub:name", text=True) == check_value(either, "hub:name") == "hub:name"
 
 
 def test_catalogue_has_the_course_in_order():

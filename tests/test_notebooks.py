@@ -55,6 +55,10 @@ EXPECTED = {
     "robust/training": lambda m: accuracy(m["accuracy_adversarial"]) > 0.93 and m["robust_adversarial"]["low"] > m["robust_ordinary"]["high"]
     and m["saddle_difference"] < 1e-12 and m["cost_ratio"] > 1.5
     and m["fgsm_trained"]["by_fgsm"]["high"] > m["pgd_trained"]["by_fgsm"]["low"] and m["fgsm_trained"]["by_pgd"]["high"] < m["pgd_trained"]["by_pgd"]["low"],
+    "robust/evaluate": lambda m: m["accuracy"]["low"] > 0.9 and 0.4 < m["robust_accuracy"]["low"] and m["robust_accuracy"]["high"] < m["accuracy"]["low"]
+    and m["checks_failed"] == [] and m["checks_failed_by_the_plain_net"] == 0 and m["checks_failed_by_the_rounded_net"] >= 3
+    and m["rounded"]["ten steps along the slope"]["low"] > m["rounded"]["random search"]["high"] + 0.5 and m["sweep_largest_difference"] <= 4
+    and m["sweep_cost"]["APGD, 50 steps"] < 1.5 and m["linear_gap"] <= 1 and m["standing_of_60"]["ours"] <= m["standing_of_60"].get("torchattacks", 60),
     "robust/certify": lambda m: m["certified_by_intervals"]["low"] > 0.6 and accuracy(m["certified_by_intervals"]) <= accuracy(m["under_pgd_by_intervals"])
     and accuracy(m["certified_ordinary"]) < 0.05 and max(m["corner_difference"], m["linear_difference"], m["library_difference"]) < 1e-9
     and m["looseness"]["1"] < 1.001 and m["looseness"]["6"] > 20 and m["lowest_coverage"]["exact"] >= 0.95 > m["lowest_coverage"]["normal"]

@@ -201,6 +201,8 @@ def check_value(
         raise BadRequest(f"{parameter.name} is {value!r}; allowed are {', '.join(map(repr, parameter.choices))}")
     if isinstance(result, str) and "Path" in parameter.type:
         path = Path(result).expanduser().absolute()
+        if not path.exists() and "str" in map(ast.unparse, _options(annotation)):
+            return result
         if not path.exists():
             raise BadRequest(f"{parameter.name} names {result!r}, and there is no such file or folder")
         result = str(path)

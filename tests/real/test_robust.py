@@ -9,6 +9,7 @@ from torch import nn
 
 from bigmodel_nb.data.sources import loader
 from bigmodel_nb.robust.attacks import APGD, FAB, FGSM, PGD, CarliniWagner, EnsembleAttack, MomentumPGD, Square, robust_accuracy, robustness_curve
+from bigmodel_nb.robust.evaluate import masking_report
 from bigmodel_nb.robust.training import AdversarialTraining
 from bigmodel_nb.training.loop import evaluate, fit
 
@@ -92,3 +93,42 @@ def test_an_ensemble_and_a_quick_copy_are_no_easier(real_data):
     alone, quick, several = (robust_accuracy(net, loader(x, y, 100), attack) for attack in (
         PGD(0.06, steps=20), PGD(0.06, steps=20, fast=True, early_stop=True), EnsembleAttack([PGD(0.06, steps=20), APGD(0.06, steps=20, loss="dlr")])))
     assert quick.value <= alone.value + 0.015 and several.value <= alone.value and 0.2 < alone.value < 0.9
+
+
+# --- evaluate
+
+def test_a_sweep_of_real_digits_agrees_with_single_radii(real_data):
+    net, (x, y) = ordinary(real_data / "mnist")
+    attack, radii = PGD(0.05, steps=20, early_stop=True), [0.0, 0.02, 0.04, 0.06, 0.1]
+    curve = robustness_curve(net, loader(x, y, 100), attack, radii)
+    alone = [robust_accuracy(net, loader(x, y, 100), attack.at(radius)).value for radius in radii]
+    assert curve["accuracy"].tolist() == pytest.approx(alone, abs=0.015) and curve["accuracy"].iloc[-1] <= alone[-1]
+
+
+def test_the_standard_ensemble_is_no_easier_than_the_library(real_data):
+    torchattacks = pytest.importorskip("torchattacks")
+    net, (x, y) = ordinary(real_data / "mnist")
+    x, y, common = x[:60], y[:60], {"eps": 0.06, "seed": 0}
+    theirs = torchattacks.MultiAttack([
+        torchattacks.APGD(net, steps=20, **common), torchattacks.APGDT(net, steps=20, **common),
+        torchattacks.FAB(net, steps=10, multi_targeted=True, n_classes=10, **common), torchattacks.Square(net, n_queries=300, **common)])
+    ours = robust_accuracy(net, [(x, y)], EnsembleAttack.standard(0.06, steps=20, queries=300)).value
+    assert 0.1 < ours <= (net(theirs(x, y)).argmax(1) == y).float().mean() + 1 / 60
+
+
+def test_masks_on_real_digits_are_exposed_and_a_plain_net_is_not(real_data):
+    net, (x, y) = ordinary(real_data / "mnist")
+
+    class Before(nn.Module):
+        def __init__(self, change, scale):
+            super().__init__()
+            self.change, self.scale = change, scale
+
+        def forward(self, input):
+            return self.scale * net(self.change(input))
+
+    less = dict(steps=10, examples=100, queries=300, points=300, substitute=ordinary(real_data / "mnist")[0])
+    assert not masking_report(net, loader(x, y, 100), 0.06, **less).failed
+    for masked in (Before(lambda x: x, 1000.0), Before(lambda x: (4 * x).round() / 4, 1.0)):
+        failed = {check.check for check in masking_report(masked, loader(x, y, 100), 0.1, **less).failed}
+        assert "the slope reaches the input" in failed and len(failed) >= 2
