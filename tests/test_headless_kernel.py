@@ -27,9 +27,8 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def zygote():
-    """The zygote that `run` would use."""
-    yield kernel.warm(environment())
-    kernel.cool()
+    """The zygote that `run` would use; the tests of a worker share it until one of them ends it."""
+    return kernel.warm(environment())
 
 
 @pytest.fixture

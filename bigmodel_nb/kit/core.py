@@ -26,12 +26,15 @@ def best_device() -> torch.device:
 def best_dtype(
     device: torch.device | str | None = None,  # where the work will run; default `best_device()`
 ) -> torch.dtype:
-    "The type for `torch.autocast` on `device`: `bfloat16` where it is native (Ampere and later, AMX), else `float32`."
+    """The type for `torch.autocast` on `device`: `bfloat16` where it is native (NVIDIA from Ampere on, processors with AMX
+    or AVX-512 BF16), else `float32`.
+    """
     device = torch.device(device) if device is not None else best_device()
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16", False) else torch.float32
+        able = torch.cpu.get_capabilities()
+        return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
     return torch.float32
 
 # %% ../../nbs/00_kit/03_core.ipynb #b85a1e98

@@ -1182,9 +1182,7 @@ class _Quick(nn.Module):
         super().__init__()
         with torch.no_grad():
             self.model = _folded(model, x[:2]).requires_grad_(False)
-        short = best_dtype(x.device) == torch.bfloat16 or (
-            x.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-        )
+        short = best_dtype(x.device) == torch.bfloat16
         self.dtype = torch.bfloat16 if short and x.dtype == torch.float32 else None
         for module in self.model.modules():
             if isinstance(module, nn.Conv2d):
