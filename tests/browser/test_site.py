@@ -57,7 +57,8 @@ def opened(chromium, address: str, page: str = "index.html", **options):
 
     tab.on("console", lambda said: note(said.type in ("error", "warning"), f"console: {said.text}"))
     tab.on("pageerror", lambda error: note(True, f"script: {error}"))
-    tab.on("requestfailed", lambda asked: note(True, f"failed: {asked.url}"))
+    # What the browser itself gave up, such as an icon still on its way when the page is left, is no failure.
+    tab.on("requestfailed", lambda asked: note(asked.failure != "net::ERR_ABORTED", f"failed: {asked.url} ({asked.failure})"))
     tab.on("response", lambda came: note(came.status >= 400, f"{came.status}: {came.url}"))
     ours = (address, "data:", "about:")
     tab.on("request", lambda asked: note(not asked.url.startswith(ours), f"foreign: {asked.url}"))
