@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from ..foundations.losses import cross_entropy, kl_divergence, log_softmax
 from ..kit.core import Proportion
 from bigmodel_nb.robust.attacks import (
-    FGSM, PGD, _best_change, _guest, _project, _random_change, _random_states, _Slope, robust_accuracy,
+    FGSM, PGD, _best_change, _check_examples, _guest, _project, _random_change, _random_states, _Slope, robust_accuracy,
 )
 from ..training.loop import History, forward
 
@@ -124,7 +124,8 @@ def _attack_units(attack: PGD | FGSM) -> float:
 
 def _check_number(name: str, value: Real, least: float = 0.0, most: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most or value == math.inf:
-        raise ValueError(f"{name} is {value!r}; allowed is a number from {least:g} {'up' if most == math.inf else f'to {most:g}'}")
+        end = "up" if most == math.inf else f"to {most:g}"
+        raise ValueError(f"{name} is {value!r}; allowed is a number from {least:g} {end}")
 
 
 def _check_count(name: str, value: int) -> None:
@@ -391,6 +392,7 @@ class FreeTraining(RobustObjective):
     ) -> Tensor:  # of the shape of `input`; a backward pass through it moves the change
         "The batch with the change that is kept."
         attack, kept = self.attack, self._change
+        _check_examples(input, target, attack.bounds, attack.norm, attack.eps)
         if kept is None or kept.shape[1:] != input.shape[1:] or len(kept) < len(input):
             kept = self._change = torch.zeros_like(input)
         change = _project(kept[: len(input)], input, attack.eps, attack.norm, attack.bounds)
