@@ -1,4 +1,4 @@
-"""Chapter 6: attacks beside closed forms, their manners as guests, and training against them."""
+"""Chapter 6: attacks beside closed forms, and their manners as guests."""
 import copy
 import math
 import random
@@ -16,7 +16,6 @@ from bigmodel_nb.data.sources import digits, loader, split_indices
 from bigmodel_nb.kit.core import Proportion
 from bigmodel_nb.models.vision import SmallConvNet
 from bigmodel_nb.robust.attacks import FGSM, PGD, _losses, _margin, _project, _random_change, robust_accuracy, robustness_curve
-from bigmodel_nb.robust.training import AdversarialTraining
 from bigmodel_nb.training.loop import evaluate, fit
 
 BALLS = st.sampled_from(["linf", "l2"])
@@ -450,88 +449,8 @@ def test_margin_is_positive_exactly_where_the_model_errs():
     assert torch.equal(_margin(logits, y) > 0, logits.argmax(1) != y)
 
 
-# --- training
-
-@pytest.mark.parametrize("attack", [PGD(0.3, bounds=(-20.0, 20.0)), FGSM(0.3, bounds=(-20.0, 20.0))])
-def test_logistic_regression_has_the_closed_forms_gradient(attack):
-    torch.manual_seed(0)
-    w = nn.Parameter(torch.randn(6, dtype=torch.float64))
-    rows, signs = torch.randn(30, 6, dtype=torch.float64), torch.randint(0, 2, (30,))
-
-    class Logistic(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = w
-
-        def forward(self, input):
-            return torch.stack([torch.zeros(len(input), dtype=input.dtype), input @ self.w], 1)
-
-    model = Logistic()
-    (measured,) = torch.autograd.grad(AdversarialTraining(attack)(model, rows, signs), w)
-    margin = (2 * signs - 1) * (rows @ w)
-    (derived,) = torch.autograd.grad(nn.functional.softplus(-(margin - 0.3 * w.abs().sum())).mean(), w)
-    assert (measured - derived).abs().max() < 1e-12
-
-
-def test_clean_weight_mixes_both_losses():
-    model, x, y = linear(), examples(), torch.zeros(12, dtype=torch.long)
-    attacked, clean, mixed = (AdversarialTraining(FGSM(0.1), clean_weight=share)(model, x, y).item() for share in (0.0, 1.0, 0.25))
-    assert attacked > clean and mixed == pytest.approx(0.75 * attacked + 0.25 * clean)
-
-
-def test_objective_attacks_in_evaluation_mode_and_trains_in_the_models_own():
-    seen = []
-
-    class Watched(nn.Linear):
-        def forward(self, input):
-            seen.append(self.training)
-            return super().forward(input)
-
-    AdversarialTraining(PGD(0.1, steps=1))(Watched(20, 2).double().train(), examples(), torch.zeros(12, dtype=torch.long))
-    assert seen[-1] is True and set(seen[:-1]) == {False}
-
-
-def test_random_starts_differ_between_calls_and_repeat_between_objectives():
-    def losses():
-        torch.manual_seed(0)
-        model, objective = linear(classes=3), AdversarialTraining(PGD(0.4, steps=1, step_size=0.01))
-        return [objective(model, examples(), torch.zeros(12, dtype=torch.long)).item() for _ in range(2)]
-
-    first = losses()
-    assert first[0] != first[1] and losses() == first
-
-
-def test_adversarial_training_holds_where_ordinary_training_does_not(trained):
-    net, x, y = trained
-    images, targets = digits()
-    train, _ = split_indices(targets, (0.8, 0.2), 0)
-    torch.manual_seed(0)
-    hardened = SmallConvNet(width=12)
-    fit(hardened, loader(images[train], targets[train], shuffle=True), epochs=8, optimizer=torch.optim.AdamW(hardened.parameters(), lr=5e-3),
-        objective=AdversarialTraining(PGD(0.15, steps=3)), device="cpu")
-    judge, batches = PGD(0.15, steps=15), loader(x, y)
-    assert robust_accuracy(hardened.eval(), batches, judge).low > robust_accuracy(net, batches, judge).high
-    assert evaluate(hardened, batches).accuracy.value > 0.9
-
-
-@pytest.mark.parametrize("options, said", [({"attack": PGD(0.1, targeted=True)}, "attack is targeted"), ({"attack": FGSM(0.1), "clean_weight": 2}, "clean_weight is 2"),
-                                           ({"attack": 0.1}, "attack is a float; allowed are attacks")])
-def test_bad_objectives_get_a_sentence(options, said):
-    with pytest.raises((ValueError, TypeError), match=said):
-        AdversarialTraining(**options)
-
-
 def test_no_warning_without_masking(trained):
     net, x, y = trained
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PGD(0.05, steps=2)(net, x[:5], y[:5])
-
-
-def test_training_of_a_net_with_batch_norm_says_nothing_of_its_mode():
-    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(), torch.nn.Linear(8, 3)).train()
-    objective = AdversarialTraining(PGD(eps=0.1, steps=2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loss = objective(net, torch.rand(16, 6), torch.arange(16) % 3)
-    assert loss.requires_grad and all(module.training for module in net.modules())

@@ -26,8 +26,8 @@ def best_device() -> torch.device:
 def best_dtype(
     device: torch.device | str | None = None,  # where the work will run; default `best_device()`
 ) -> torch.dtype:
-    """The type for `torch.autocast` on `device`: `bfloat16` where it is native (NVIDIA from Ampere on, processors with AMX
-    or AVX-512 BF16), else `float32`.
+    """The type for `torch.autocast` on `device`: `bfloat16` where it is native (NVIDIA from Ampere on, processors with
+    AMX or AVX-512 BF16), else `float32`.
     """
     device = torch.device(device) if device is not None else best_device()
     if device.type == "cuda":
