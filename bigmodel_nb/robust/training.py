@@ -184,7 +184,7 @@ class _Divergence(_Climb):
         logs = log_softmax(self.logits(x, rows), 1)
         return kl_divergence(logs, self.answers[rows], "none", log_target=True).sum(1)
 
-
+# %% ../../nbs/06_robust/02_training.ipynb #d1f7c2a9
 class TRADES(RobustObjective):
     """An objective for `training.fit`: cross-entropy, plus the divergence under attack (Zhang et al. 2019, eq. 5).
 
@@ -200,7 +200,7 @@ class TRADES(RobustObjective):
     ):
         super().__init__(attack)
         if type(attack) is not PGD or attack.loss != "ce" or attack.early_stop:
-            raise ValueError(f"attack is {attack}; allowed is a PGD without loss and early_stop: it raises a divergence")
+            raise ValueError(f"attack is {attack}; allowed is a PGD without loss and early_stop, to raise a divergence")
         _check_number("beta", beta)
         self.beta = beta
 
@@ -381,7 +381,7 @@ class FreeTraining(RobustObjective):
     ):
         super().__init__(attack)
         if type(attack) is not FGSM or attack.loss != "ce" or attack.fast:
-            raise ValueError(f"attack is {attack}; allowed is an FGSM without loss and fast: the step's own slope is used")
+            raise ValueError(f"attack is {attack}; allowed is an FGSM without loss and fast: the slope is the step's")
         self.loss, self._change = loss, None
 
     def attacked(
@@ -521,11 +521,12 @@ class OverfittingAlarm:
             self._good = copy.deepcopy(self.model.state_dict())
         elif self.raised_at is None:
             self.raised_at = len(history.batch_losses)
-            said = f"of the held-out examples one step leaves {one}, {self.attack.steps} steps leave {several}"
-            warnings.warn(f"training against one step has stopped working by batch {self.raised_at}: {said}", stacklevel=2)
+            warnings.warn(
+                f"training against one step has stopped working by batch {self.raised_at}: of the held-out examples one"
+                f" step leaves {one}, {self.attack.steps} steps leave {several}", stacklevel=2
+            )
             if self.cure is not None:
                 self.model.load_state_dict(self._good)
-            if self.cure == "stop":
-                history.stop = True
-            elif self.cure is not None:
+                history.stop |= self.cure == "stop"
+            if isinstance(self.cure, AdversarialTraining):
                 self.cure.attack = self.attack
