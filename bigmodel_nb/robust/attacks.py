@@ -89,7 +89,7 @@ def _path(gradient: Tensor, x: Tensor, norm: str, bounds: tuple[float, float]) -
     room = torch.where(gradient > 0, high, torch.where(gradient < 0, -low, 0.0)).flatten(1)
     order = gradient.abs().flatten(1).argsort(dim=1, descending=True, stable=True)
     room = room.gather(1, order)
-    taken = room.cumsum(1) - room  # by the steeper inputs
+    taken = nn.functional.pad(room.cumsum(1)[:, :-1], (1, 0))  # by the steeper inputs; the room may be infinite
 
     def path(t: Tensor) -> Tensor:
         filled = torch.minimum((t[:, None] - taken).clamp_min(0.0), room)
