@@ -29,6 +29,7 @@ from ..training.loop import forward
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #6d7e5a99
 _ORDERS = {"linf": math.inf, "l2": 2, "l1": 1}
+_NO_BOX = (-math.inf, math.inf)
 
 
 def _per_example(values: Tensor, like: Tensor) -> Tensor:
@@ -55,6 +56,8 @@ def _project(change: Tensor, x: Tensor, eps: float, norm: str, bounds: tuple[flo
     low, high = bounds[0] - x, bounds[1] - x
     if norm == "linf":
         return change.clamp(-eps, eps).clamp(low, high)
+    if norm == "l2" and bounds == _NO_BOX:
+        return change * _per_example((eps / _size(change, norm).clamp_min(1e-30)).clamp_max(1.0), change)
     largest = _size(change, "linf")
 
     def shrunk(share: Tensor) -> Tensor:
@@ -110,6 +113,8 @@ def _farthest(gradient: Tensor, norm: str, bounds: tuple[float, float]) -> Tenso
 def _reach(gradient: Tensor, x: Tensor, eps: float, bounds: tuple[float, float]) -> Tensor:
     "(batch,) where the path in the sphere is `eps` long, or at its end: the multiple of a slope of length 1."
     path, least = _path(gradient, x, "l2", bounds), x.new_full((len(x),), eps)  # the box only shortens
+    if bounds == _NO_BOX:
+        return least
     most = torch.maximum(_farthest(gradient, "l2", bounds), least)
     return _search(lambda log: _size(path(log.exp()), "l2") <= eps, least.log(), most.log()).exp()
 
