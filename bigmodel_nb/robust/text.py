@@ -217,15 +217,36 @@ def _anywhere(free: Tensor, like: Tensor, radius: float, per: str) -> Tensor:
     return radius * share * _along(torch.randn_like(like), free, per)
 
 
-def _check_ball(radius: float, steps: int, per: str) -> None:
-    if isinstance(radius, bool) or not isinstance(radius, (int, float)) or not 0 <= radius < math.inf:
-        raise ValueError(f"radius is {radius!r}; allowed is a finite number from 0 up, in units of the embeddings")
+def _divergence(first: Tensor, second: Tensor, symmetric: bool = False) -> Tensor:
+    "Mean Kullback-Leibler divergence of rows of logits (batch, class), or both ways round together."
+    p, q = first.log_softmax(1), second.log_softmax(1)
+    return (((p.exp() - q.exp()) if symmetric else p.exp()) * (p - q)).sum(1).mean()
+
+
+def _check_ball(radius: float, steps: int, per: str, step_size: float | None = None, weight: float = 0.0) -> None:
+    for name, value in (("radius", radius), ("weight", weight)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value!r}; allowed is a finite number from 0 up")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}; allowed is an integer of at least 1")
+    if step_size is not None and not 0 < step_size < math.inf:
+        raise ValueError(f"step_size is {step_size!r}; allowed is a positive number or None")
     if per not in ("entry", "token", "text"):
         raise ValueError(f"per is {per!r}; allowed are 'entry', 'token' and 'text'")
 
 # %% ../../nbs/06_robust/05_text.ipynb #e16f722b
+def _climbed(
+    objective: "EmbeddingTraining", batch: _Texts, change: Tensor, target: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    "The loss at a change, its slope in the weights known if asked for, and the change one step up."
+    change = change.detach().requires_grad_()
+    with _random_states(batch.model):
+        loss = objective.loss(batch.logits(change), target)
+    slope, *gradients = torch.autograd.grad(loss, [change, *parameters], allow_unused=True)
+    moved = change.detach() + objective.step_size * _along(slope, batch.free, objective.per)
+    return _Known.apply(loss.detach(), gradients, *parameters), _within(moved, objective.radius, objective.per)
+
+# %% ../../nbs/06_robust/05_text.ipynb #88e75967
 class EmbeddingTraining:
     """An objective for `training.fit`: the loss of a text whose embeddings are moved against it.
 
@@ -245,9 +266,7 @@ class EmbeddingTraining:
         loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,  # `loss(logits, target)` gives a scalar
         special: Collection[int] | None = None,  # as for `free_tokens`
     ):
-        _check_ball(radius, steps, per)
-        if step_size is not None and not 0 < step_size < math.inf:
-            raise ValueError(f"step_size is {step_size!r}; allowed is a positive number or None")
+        _check_ball(radius, steps, per, step_size)
         self.radius, self.steps, self.random_start, self.average = radius, steps, random_start, average
         self.step_size = 2 * radius / (steps + 1) if step_size is None else step_size
         self.per, self.loss, self.special = per, loss, special
@@ -279,23 +298,11 @@ class EmbeddingTraining:
         parameters = [each for each in model.parameters() if each.requires_grad] if self.average else []
         losses = []
         for _ in range(self.steps):
-            change = change.detach().requires_grad_()
-            with _random_states(model):
-                loss = self.loss(batch.logits(change), target)
-            slope, *gradients = torch.autograd.grad(loss, [change, *parameters], allow_unused=True)
-            if self.average:
-                losses.append(_Known.apply(loss.detach(), gradients, *parameters))
-            change = change + self.step_size * _along(slope, batch.free, self.per)
-            change = _within(change.detach(), self.radius, self.per)
+            loss, change = _climbed(self, batch, change, target, parameters)
+            losses += [loss] if self.average else []
         return torch.stack([*losses, self.loss(batch.logits(change), target)]).mean()
 
 # %% ../../nbs/06_robust/05_text.ipynb #25365c99
-def _divergence(first: Tensor, second: Tensor) -> Tensor:
-    "Mean Kullback-Leibler divergence of two rows of logits (batch, class)."
-    log_first, log_second = first.log_softmax(1), second.log_softmax(1)
-    return (log_first.exp() * (log_first - log_second)).sum(1).mean()
-
-
 class SmoothnessTraining:
     """An objective for `training.fit`: the loss, and how far moved embeddings change what the model says.
 
@@ -314,9 +321,7 @@ class SmoothnessTraining:
         loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,  # `loss(logits, target)` gives a scalar
         special: Collection[int] | None = None,  # as for `free_tokens`
     ):
-        _check_ball(radius, steps, per)
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"weight is {weight!r}; allowed is a finite number from 0 up")
+        _check_ball(radius, steps, per, weight=weight)
         self.radius, self.weight, self.steps, self.symmetric = radius, weight, steps, symmetric
         self.per, self.loss, self.special = per, loss, special
 
@@ -344,15 +349,12 @@ class SmoothnessTraining:
         for _ in range(self.steps):
             change = change.detach().requires_grad_()
             with _random_states(model):
-                moved = self._apart(said.detach(), batch.logits(change))
+                moved = _divergence(said.detach(), batch.logits(change), self.symmetric)
             (slope,) = torch.autograd.grad(moved, change)
             change = self.radius * _along(slope, batch.free, self.per)
         anchor = said if self.symmetric else said.detach()
-        return self.loss(said, target) + self.weight * self._apart(anchor, batch.logits(change))
-
-    def _apart(self, said: Tensor, moved: Tensor) -> Tensor:
-        apart = _divergence(said, moved)
-        return apart + _divergence(moved, said) if self.symmetric else apart
+        apart = _divergence(anchor, batch.logits(change), self.symmetric)
+        return self.loss(said, target) + self.weight * apart
 
 # %% ../../nbs/06_robust/05_text.ipynb #2454bc9c
 NEGATIONS = frozenset(
@@ -433,8 +435,41 @@ class _Text:
         return self.ask(texts)
 
 # %% ../../nbs/06_robust/05_text.ipynb #05016ddd
+def _order(text: _Text, places: list[int], before: Tensor) -> list[int]:
+    "Places of words, the most important first (Jin et al. 2020, eq. 2)."
+    if not places:
+        return []
+    left_out = [text.joined([*text.words[:place], "", *text.words[place + 1 :]]) for place in places]
+    after = text.probabilities(left_out)
+    said = after.argmax(1)
+    importance = before[text.label] - after[:, text.label]
+    importance += torch.where(said != text.label, after.amax(1) - before[said], 0.0)
+    return [places[each] for each in importance.argsort(descending=True, stable=True)]
+
+
+def _best(
+    attack: "_WordAttack", text: _Text, words: list[str], place: int, now: Tensor
+) -> tuple[str, Tensor, float] | None:
+    "The replacement that turns the label and is most similar, else the one that lowers its probability most."
+    choices = [word for word in attack._candidates(words[place]) if not is_negation(word)]
+    tried = [text.joined([*words[:place], word, *words[place + 1 :]]) for word in choices]
+    similar = attack._similarity(text.text, tried)
+    allowed = [each for each in range(len(tried)) if not similar[each] < attack.similarity]
+    if not allowed:
+        return None
+    after = text.probabilities([tried[each] for each in allowed])
+    turned = after.argmax(1) != text.label
+    closeness = torch.tensor([similar[each] for each in allowed], dtype=torch.float64).nan_to_num(0.0)
+    best = int(torch.where(turned, 2 + closeness, 1 - after[:, text.label]).argmax())
+    if not turned[best] and not after[best, text.label] < now[text.label]:
+        return None
+    return choices[allowed[best]], after[best], float(similar[allowed[best]])
+
+# %% ../../nbs/06_robust/05_text.ipynb #0eaf7c86
 class _WordAttack:
-    "What attacks on words share: which words matter, and the greedy search."
+    "What attacks on words share: the checks, and the greedy search."
+
+    similarity: ClassVar[float] = -math.inf  # the bound, of attacks that ask no encoder
 
     def __post_init__(self):
         if isinstance(self.words, bool) or not isinstance(self.words, int) or self.words < 1:
@@ -463,61 +498,48 @@ class _WordAttack:
     def _attacked(self, text: _Text) -> dict[str, Any]:
         before = text.probabilities([text.text])[0]
         if not 0 <= text.label < len(before):
-            raise ValueError(f"labels holds class {text.label}; allowed are 0 to {len(before) - 1}, the model's classes")
-        now, words, similarity = before, list(text.words), 1.0
+            raise ValueError(f"labels holds class {text.label}; allowed are the classes 0 to {len(before) - 1}")
+        now, words, similarity, changed = before, list(text.words), 1.0, 0
         right = int(before.argmax()) == text.label
-        for place in self._order(text, before) if right else []:
-            if int(now.argmax()) != text.label or sum(a != b for a, b in zip(words, text.words)) == self.words:
+        places = [place for place, word in enumerate(text.words) if self._open(word)] if right else []
+        for place in _order(text, places, before):
+            if int(now.argmax()) != text.label or changed == self.words:
                 break
-            best = self._best(text, words, place, now)
+            best = _best(self, text, words, place, now)
             if best is not None:
                 words[place], now, similarity = best
-        changed = sum(a != b for a, b in zip(words, text.words))
+                changed += 1
         return {"text": text.text, "attacked": text.joined(words), "label": text.label, "right": right,
                 "fooled": right and int(now.argmax()) != text.label, "changed": changed, "queries": text.queries,
                 "similarity": similarity}
 
-    def _order(self, text: _Text, before: Tensor) -> list[int]:
-        "Places of words that may change, the most important first (Jin et al. 2020, eq. 2)."
-        places = [place for place, word in enumerate(text.words) if self._open(word)]
-        if not places:
-            return []
-        left_out = [text.joined([*text.words[:place], "", *text.words[place + 1 :]]) for place in places]
-        after = text.probabilities(left_out)
-        said = after.argmax(1)
-        importance = before[text.label] - after[:, text.label]
-        importance += torch.where(said != text.label, after.amax(1) - before[said], 0.0)
-        return [places[each] for each in importance.argsort(descending=True, stable=True)]
-
-    def _best(self, text: _Text, words: list[str], place: int, now: Tensor) -> tuple[str, Tensor, float] | None:
-        "The replacement that turns the label and is most similar, else the one that lowers its probability most."
-        choices = [word for word in self._candidates(words[place]) if not is_negation(word)]
-        tried = [text.joined([*words[:place], word, *words[place + 1 :]]) for word in choices]
-        similar = self._similarity(text.text, tried)
-        allowed = [each for each in range(len(tried)) if similar[each] >= self.similarity]
-        if not allowed:
-            return None
-        after = text.probabilities([tried[each] for each in allowed])
-        turned = after.argmax(1) != text.label
-        closeness = torch.tensor([similar[each] for each in allowed], dtype=torch.float64)
-        merit = torch.where(turned, 2 + closeness, 1 - after[:, text.label])
-        best = int(merit.argmax())
-        if not turned[best] and not after[best, text.label] < now[text.label]:
-            return None
-        return choices[allowed[best]], after[best], float(similar[allowed[best]])
-
-    similarity = -math.inf  # of attacks that ask no encoder
-
     def _similarity(self, text: str, tried: list[str]) -> list[float]:
-        return [1.0] * len(tried)
+        return [math.nan] * len(tried)
 
-# %% ../../nbs/06_robust/05_text.ipynb #0eaf7c86
+# %% ../../nbs/06_robust/05_text.ipynb #002b2dc1
+def _vocabulary(encoder: SentenceEncoder) -> tuple[list[str], dict[str, int], Tensor]:
+    "Whole words of letters that are no function words, the place of each, and their vectors of length 1."
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    pieces = encoder.tokenizer.get_vocab()
+    marked = any(piece[0] in "Ġ▁" for piece in pieces)  # then pieces without a mark go on with a word
+    words = {}
+    for piece, number in sorted(pieces.items(), key=lambda pair: pair[1]):
+        word = piece.lstrip("Ġ▁").casefold()
+        whole = len(word) > 2 and word.isascii() and word.isalpha() and (piece[0] in "Ġ▁" or not marked)
+        if whole and word not in ENGLISH_STOP_WORDS and not is_negation(word):
+            words.setdefault(word, number)
+    table = encoder.encoder.get_input_embeddings().weight.detach()
+    vectors = nn.functional.normalize(table[list(words.values())].float().cpu(), dim=1)
+    return list(words), {word: place for place, word in enumerate(words)}, vectors
+
+# %% ../../nbs/06_robust/05_text.ipynb #c5c16f98
 @dataclass(frozen=True)
 class WordSwap(_WordAttack):
     """Replace words by neighbours in an encoder's table of words, as long as the encoder finds the text similar.
 
-    `attack(model, texts, labels)` gives a table, a row a text. Negations and function words stay; no replacement negates
-    its word. Source: Jin et al. 2020, algorithm 1, with the encoder's own neighbours.
+    `attack(model, texts, labels)` gives a table, a row a text. Negations and function words stay, and no replacement
+    negates its word. Source: Jin et al. 2020, algorithm 1, with the encoder's own neighbours.
     """
 
     encoder: SentenceEncoder  # judges similarity and names neighbours; not the model under attack
@@ -536,20 +558,7 @@ class WordSwap(_WordAttack):
 
     @cached_property
     def _vocabulary(self) -> tuple[list[str], dict[str, int], Tensor]:
-        "Whole words of letters, the place of each, and their vectors of length 1."
-        from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-
-        pieces = self.encoder.tokenizer.get_vocab()
-        marked = any(piece[0] in "Ġ▁" for piece in pieces)  # then pieces without a mark go on with a word
-        words = {}
-        for piece, number in sorted(pieces.items(), key=lambda pair: pair[1]):
-            word = piece.lstrip("Ġ▁")
-            if (piece != word or not marked) and len(word) > 2 and _WORD.fullmatch(word) and word.isascii():
-                if word.casefold() not in ENGLISH_STOP_WORDS and not is_negation(word):
-                    words.setdefault(word.casefold(), number)
-        table = self.encoder.encoder.get_input_embeddings().weight.detach()
-        vectors = nn.functional.normalize(table[list(words.values())].float().cpu(), dim=1)
-        return list(words), {word: place for place, word in enumerate(words)}, vectors
+        return _vocabulary(self.encoder)
 
     def _open(self, word: str) -> bool:
         return word.casefold() in self._vocabulary[1]
@@ -598,7 +607,7 @@ def success_rate(
     "The share of texts, of those classified rightly, that were fooled; with its Wilson interval."
     right = int(attacked["right"].sum())
     if right == 0:
-        raise ValueError(f"attacked has {len(attacked)} texts, none classified rightly; allowed is at least one that is")
+        raise ValueError(f"attacked has {len(attacked)} texts, none classified rightly; allowed is at least one")
     return Proportion.of(int(attacked["fooled"].sum()), right)
 
 
@@ -611,8 +620,9 @@ def show_changes(
     shown = []
     for row in attacked[attacked["fooled"]].head(limit).itertuples():
         name = html.escape(str(row.label if labels is None else labels[row.label]))
+        close = "" if math.isnan(row.similarity) else f", similarity {row.similarity:.2f}"
         shown.append(f"<li style='margin-bottom: 6px'>{_marked(row.text, row.attacked)} <small>(no longer read as"
-                     f" <i>{name}</i>; {row.queries} queries, similarity {row.similarity:.2f})</small></li>")
+                     f" <i>{name}</i>; {row.queries} queries{close})</small></li>")
     return HTML(f"<ol>{''.join(shown)}</ol>" if shown else "<p>No text was fooled.</p>")
 
 
