@@ -74,7 +74,11 @@ class EmbeddingModel(nn.Module):
         super().__init__()
         self.model, self.vectors, self.radius, self.others = model, vectors.detach(), radius, dict(others)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (batch, free, width) vectors of the free tokens, in units of their radius
+    ) -> Tensor:  # (batch, class)
+        "Logits of the texts with these vectors in their places."
         vectors = self.vectors.to(x.dtype).repeat(len(x), 1, 1)
         vectors[:, self.radius > 0] = x * self.radius[self.radius > 0, None].to(x.dtype)
         others = {name: value.expand(len(x), -1) for name, value in self.others.items()}
@@ -272,17 +276,17 @@ class EmbeddingTraining:
         self.per, self.loss, self.special = per, loss, special
 
     @classmethod
-    def fgm(cls, radius: float, **options) -> "EmbeddingTraining":
+    def fgm(cls, radius: float, **options) -> "EmbeddingTraining":  # parameters as above
         "Mean of the loss at the text and one step away from it (Miyato, Dai and Goodfellow 2017, eq. 3 to 5)."
         return cls(radius, **options)
 
     @classmethod
-    def pgd(cls, radius: float, steps: int = 3, **options) -> "EmbeddingTraining":
+    def pgd(cls, radius: float, steps: int = 3, **options) -> "EmbeddingTraining":  # parameters as above
         "The loss at the last point of a climb from a random one (Madry et al. 2018, eq. 2.1)."
         return cls(radius, steps, random_start=True, average=False, **options)
 
     @classmethod
-    def freelb(cls, radius: float, points: int = 3, **options) -> "EmbeddingTraining":
+    def freelb(cls, radius: float, points: int = 3, **options) -> "EmbeddingTraining":  # parameters as above
         "The mean loss of all points of a climb from a random one (Zhu et al. 2020, algorithm 1)."
         return cls(radius, points - 1, random_start=True, average=True, **options)
 
@@ -326,12 +330,12 @@ class SmoothnessTraining:
         self.per, self.loss, self.special = per, loss, special
 
     @classmethod
-    def vat(cls, radius: float, weight: float = 1.0, **options) -> "SmoothnessTraining":
+    def vat(cls, radius: float, weight: float = 1.0, **options) -> "SmoothnessTraining":  # parameters as above
         "Virtual adversarial training (Miyato et al. 2018, eq. 5 and 8)."
         return cls(radius, weight, per=options.pop("per", "text"), **options)
 
     @classmethod
-    def smart(cls, radius: float, weight: float = 1.0, **options) -> "SmoothnessTraining":
+    def smart(cls, radius: float, weight: float = 1.0, **options) -> "SmoothnessTraining":  # parameters as above
         "The smoothness-inducing regulariser of SMART (Jiang et al. 2020, eq. 2), without its proximal point method."
         return cls(radius, weight, symmetric=True, per=options.pop("per", "entry"), **options)
 
