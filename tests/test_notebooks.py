@@ -66,6 +66,12 @@ EXPECTED = {
     and 0.05 < m["false_certificates"]["chosen by the draws that count"]["low"] < 0.1 and m["false_certificates"]["the share instead of a bound"]["low"] > 0.4
     and m["predict_disagreements"] == m["certificates_broken"] == 0
     and accuracy(m["certified_by_noise"]["noise"]) > accuracy(m["certified_by_noise"]["ordinary"]),
+    "robust/text": lambda m: m["attained_of_closed_form"] > 0.9999 and m["batch_mate_difference"] < 1e-4 and m["central_difference"] < 1e-7
+    and m["curve"]["accuracy"] == sorted(m["curve"]["accuracy"], reverse=True) and m["curve"]["accuracy"][-1] < 0.5 * m["curve"]["accuracy"][0]
+    and accuracy(m["fooled_by_swaps"]) > 0.05 and m["largest_differences"]["neighbours not shared with scikit-learn"] <= 2
+    and max(m["largest_differences"]["slope of FGM, two backward passes"], m["largest_differences"]["divergence, torch"]) < 1e-10
+    and len(m["gains"]) == 8 and all(row["low"] <= row["value"] <= row["high"] for row in m["gains"])
+    and all(0.6 < row["measured"] / row["predicted"] < 1.7 for row in m["costs"].values()),
     "tour": lambda m: m["accuracy"]["value"] >= 0.97 and abs(m["first_loss"] - 2.303) < 0.1 and m["loss_after_one_step"] < m["first_loss"]
     and m["robust_accuracy_ordinary"] < 0.1 and m["robust_accuracy_adversarial"] > m["robust_accuracy_ordinary"] + 0.25 and m["accuracy_adversarial"] > 0.93
     and m["text_accuracy_minilm_fine_tuned"]["low"] > 0.5,

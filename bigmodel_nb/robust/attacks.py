@@ -29,6 +29,7 @@ from ..training.loop import forward
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #6d7e5a99
 _ORDERS = {"linf": math.inf, "l2": 2, "l1": 1}
+_NO_BOX = (-math.inf, math.inf)
 
 
 def _per_example(values: Tensor, like: Tensor) -> Tensor:
@@ -55,6 +56,8 @@ def _project(change: Tensor, x: Tensor, eps: float, norm: str, bounds: tuple[flo
     low, high = bounds[0] - x, bounds[1] - x
     if norm == "linf":
         return change.clamp(-eps, eps).clamp(low, high)
+    if norm == "l2" and bounds == _NO_BOX:
+        return change * _per_example((eps / _size(change, norm).clamp_min(1e-30)).clamp_max(1.0), change)
     largest = _size(change, "linf")
 
     def shrunk(share: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ def _path(gradient: Tensor, x: Tensor, norm: str, bounds: tuple[float, float]) -
     room = torch.where(gradient > 0, high, torch.where(gradient < 0, -low, 0.0)).flatten(1)
     order = gradient.abs().flatten(1).argsort(dim=1, descending=True, stable=True)
     room = room.gather(1, order)
-    taken = room.cumsum(1) - room  # by the steeper inputs
+    taken = nn.functional.pad(room.cumsum(1)[:, :-1], (1, 0))  # by the steeper inputs; the room may be infinite
 
     def path(t: Tensor) -> Tensor:
         filled = torch.minimum((t[:, None] - taken).clamp_min(0.0), room)
@@ -110,6 +113,8 @@ def _farthest(gradient: Tensor, norm: str, bounds: tuple[float, float]) -> Tenso
 def _reach(gradient: Tensor, x: Tensor, eps: float, bounds: tuple[float, float]) -> Tensor:
     "(batch,) where the path in the sphere is `eps` long, or at its end: the multiple of a slope of length 1."
     path, least = _path(gradient, x, "l2", bounds), x.new_full((len(x),), eps)  # the box only shortens
+    if bounds == _NO_BOX:
+        return least
     most = torch.maximum(_farthest(gradient, "l2", bounds), least)
     return _search(lambda log: _size(path(log.exp()), "l2") <= eps, least.log(), most.log()).exp()
 
