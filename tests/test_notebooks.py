@@ -54,7 +54,10 @@ EXPECTED = {
     and m["curve"]["accuracy"][-1] < 0.02 and m["masked_reported_by_plain_attack"] > 0.85 and abs(m["masked_reported_by_ours"] - accuracy(m["robust_accuracy_at_0_1"])) < 0.06,
     "robust/training": lambda m: accuracy(m["accuracy_adversarial"]) > 0.93 and m["robust_adversarial"]["low"] > m["robust_ordinary"]["high"]
     and m["saddle_difference"] < 1e-12 and m["cost_ratio"] > 1.5
-    and m["fgsm_trained"]["by_fgsm"]["high"] > m["pgd_trained"]["by_fgsm"]["low"] and m["fgsm_trained"]["by_pgd"]["high"] < m["pgd_trained"]["by_pgd"]["low"],
+    and all(m[f"robust_{name}"]["low"] > m["robust_ordinary"]["high"] for name in ("trades", "mart", "awp", "fast", "free"))
+    and all(abs(m["cost_counted"][name] / units - 1) < 0.05 for name, units in m["cost_predicted"].items())
+    and m["trades_attained"] > 0.999 and m["awp_difference"] < 1e-12 and m["free_agrees"] and m["alarm_at_batch"] is not None
+    and m["collapse"]["one step only"]["high"] < m["collapse"]["cured"]["low"] and m["collapse_by_one_step"]["one step only"]["low"] > m["collapse"]["one step only"]["high"],
     "robust/evaluate": lambda m: m["accuracy"]["low"] > 0.9 and 0.4 < m["robust_accuracy"]["low"] and m["robust_accuracy"]["high"] < m["accuracy"]["low"]
     and m["checks_failed"] == [] and m["checks_failed_by_the_plain_net"] == 0 and m["checks_failed_by_the_rounded_net"] >= 3
     and m["rounded"]["ten steps along the slope"]["low"] > m["rounded"]["random search"]["high"] + 0.5 and m["sweep_largest_difference"] <= 4
