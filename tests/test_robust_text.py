@@ -15,9 +15,9 @@ from torch import nn
 from bigmodel_nb.adapting.finetune import SentenceEncoder, TextClassifier, load_encoder, tokenized_loader
 from bigmodel_nb.foundations.losses import cross_entropy
 from bigmodel_nb.robust.attacks import APGD, FAB, FGSM, PGD, CarliniWagner, DeepFool, MomentumPGD, Square
-from bigmodel_nb.robust.text import (NEGATIONS, EmbeddingTraining, SmoothnessTraining, Typos, WordSwap,
+from bigmodel_nb.robust.text import (_ending, _negates, NEGATIONS, EmbeddingTraining, SmoothnessTraining, Typos, WordSwap,
                                      attack_embeddings, embedding_curve, embedding_groups, free_tokens, is_negation,
-                                     negations, show_changes, success_rate)
+                                     negations, show_changes, success_rate, token_lengths)
 from bigmodel_nb.training.loop import fit
 
 ENDLESS = (-math.inf, math.inf)
@@ -103,13 +103,14 @@ def test_padding_and_special_tokens_stay_exactly(attack, deep):
     net, input = toy(deep=deep), toy_batch()
     y = net(**input).argmax(1)
     radius = torch.rand(input["input_ids"].shape)
-    found, before = attack_embeddings(attack, net, input, y, radius, SPECIAL), net.table(input["input_ids"])
+    per = "text" if isinstance(attack, DeepFool) else "token"
+    found, before = attack_embeddings(attack, net, input, y, radius, SPECIAL, per), net.table(input["input_ids"])
     free = free_tokens(net, input, SPECIAL)
     assert torch.equal(free, input["input_ids"] > 2)
     assert (found - before)[~free].eq(0).all() and (found - before)[free].abs().max() > 1e-3
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.integers(0, 10**6))
 def test_linear_model_reaches_the_closed_form_token_by_token(seed):
     net, input = toy(seed).requires_grad_(False), toy_batch(seed=seed)
@@ -122,12 +123,33 @@ def test_linear_model_reaches_the_closed_form_token_by_token(seed):
         found = attack_embeddings(attack(eps, bounds=ENDLESS), net, input, y, radius, SPECIAL)
         exact = before + eps * (radius * free)[..., None] * w.sign()[:, None]
         assert (found - exact).abs().max() < size
-    found = attack_embeddings(FGSM(eps, norm="l2", bounds=ENDLESS), net, input, y, None, SPECIAL)
+    up = (w / w.norm(dim=1, keepdim=True))[:, None]
+    for attack in (FGSM, PGD, MomentumPGD, APGD):  # a sphere around each token: each gains what it can
+        found = attack_embeddings(attack(eps, norm="l2", bounds=ENDLESS), net, input, y, radius, SPECIAL)
+        gained, best = ((found - before) * up).sum(2), eps * radius * free
+        assert (gained >= 0.9999 * best - 1e-12).all() and (gained <= best * (1 + 1e-9) + 1e-12).all()
+    found = attack_embeddings(FGSM(eps, norm="l2", bounds=ENDLESS), net, input, y, None, SPECIAL, "text")
     share = eps / free.sum(1).double().sqrt()  # the text shares the radius evenly
     exact = before + share[:, None, None] * free[..., None] * (w / w.norm(dim=1, keepdim=True))[:, None]
     assert (found - exact).abs().max() < 1e-9
     logits = net(inputs_embeds=found, attention_mask=mask)
     assert torch.isfinite(logits).all()
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["linf", "l2"]), st.booleans())
+def test_no_token_moves_farther_than_its_own_radius(seed, norm, early_stop):
+    net, input = toy(seed, deep=True), toy_batch(seed=seed)
+    y, radius = net(**input).argmax(1), token_lengths(net, input)
+    torch.testing.assert_close(radius, net.table(input["input_ids"]).pow(2).sum(2).sqrt())
+    attack = PGD(0.3, norm=norm, steps=4, early_stop=early_stop, bounds=ENDLESS)
+    change = attack_embeddings(attack, net, input, y, radius, SPECIAL) - net.table(input["input_ids"])
+    moved = change.abs().amax(2) if norm == "linf" else change.norm(dim=2)
+    free = free_tokens(net, input, SPECIAL)
+    assert (moved <= 0.3 * radius * (1 + 1e-6)).all() and moved[~free].eq(0).all()
+    assert (moved[free] > 0.9 * 0.3 * radius[free]).any()  # radii are reached, token by token
+    still = attack_embeddings(attack.at(0.0), net, input, y, radius, SPECIAL)
+    assert torch.allclose(still, net.table(input["input_ids"]), atol=1e-12)
 
 
 def test_what_a_text_becomes_does_not_depend_on_the_batch():
@@ -378,6 +400,29 @@ def test_negations_are_never_touched(swap, sentence, seed):
         assert found["changed"] <= attack.words and len(found["attacked"].split()) == len(sentence.split())
 
 
+def test_opposites_are_no_replacements(swap):
+    opposite = [("good", "bad"), ("polite", "rude"), ("faster", "slow"), ("slowly", "quickly"), ("loved", "hate"), ("useful", "useless"),
+                ("comfortable", "uncomfortable"), ("warm", "cold"), ("cheap", "expensive"), ("best", "worst"), ("clean", "dirty")]
+    alike = [("good", "great"), ("awful", "terrible"), ("slow", "slower"), ("returned", "returning"), ("quickly", "rapidly")]
+    assert all(_negates(one, other) and _negates(other, one) for one, other in opposite)
+    assert not any(_negates(one, other) or _negates(other, one) for one, other in alike)
+    assert "bad" not in swap._candidates("good") and "rude" not in swap._candidates("polite") and "good" not in swap._candidates("bad")
+
+
+def test_replacements_end_as_their_word_does(swap):
+    assert [_ending(each) for each in ("waiting", "waited", "quickly", "rooms", "glass", "room", "virus")] == ["ing", "ed", "ly", "s", "", "", ""]
+    for word in ("slow", "quickly", "waiting", "returned", "awful", "rooms"):
+        found = swap._candidates(word)
+        assert {_ending(each) for each in found} <= {_ending(word)}
+
+
+def test_slips_are_one_letter_away_inside_the_word():
+    slips = Typos()._candidates("Stone")
+    assert {"Sotne", "Stne", "Srone", "Syone", "Stobe"} <= set(slips) and "Stone" not in slips and len(slips) == len(set(slips))
+    assert all(each[0] == "S" and each[-1] == "e" and each.isascii() and abs(len(each) - 5) <= 1 for each in slips)
+    assert Typos()._candidates("zażółć")  # letters that are on no key
+
+
 def test_no_slip_makes_a_negation():
     assert all(is_negation(each) for each in (*NEGATIONS, "Isn't", "isn’t", "NEVER"))
     assert not any(is_negation(each) for each in ("knot", "now", "nothings", "good"))
@@ -442,6 +487,12 @@ def test_bad_input(swap, classifier):
     fails(TypeError, "model is a Linear", lambda: attack_embeddings(attack, nn.Linear(2, 2), input, y))
     fails(ValueError, "radius has shape", lambda: attack_embeddings(attack, net, input, y, torch.ones(2)))
     fails(ValueError, "radius goes down to -1", lambda: attack_embeddings(attack, net, input, y, -torch.ones(5, 7)))
+    fails(TypeError, "whose forward takes no inputs_embeds", lambda: attack_embeddings(attack, nn.Embedding(20, 2), input, y))
+    fails(ValueError, "per is 'word'", lambda: attack_embeddings(attack, net, input, y, None, SPECIAL, "word"))
+    fails(ValueError, "the DeepFool looks for the nearest point", lambda: attack_embeddings(DeepFool(bounds=ENDLESS), net, input, y))
+    fails(ValueError, "the PGD is fast", lambda: embedding_curve(net, [], PGD(0.1, fast=True, bounds=ENDLESS), [0.1]))
+    fails(ValueError, "y holds class 7", lambda: attack_embeddings(attack, net, input, y + 7, None, SPECIAL))
+    fails(ValueError, "empty text at place 1", lambda: Typos()(classifier, ["a stone", " "], [0, 1]))
     fails(ValueError, "data gives no batch", lambda: embedding_curve(net, [], attack, [0.1]))
     fails(ValueError, "radius is -1", lambda: EmbeddingTraining(-1))
     fails(ValueError, "radius is nan", lambda: SmoothnessTraining(math.nan))
