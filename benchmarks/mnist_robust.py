@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=60_000, help="of training")
     parser.add_argument("--judged", type=int, default=1000, help="test images under attack")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--width", type=int, default=16)
     chosen = parser.parse_args()
     batches = loader(*mnist(chosen.folder, "train", chosen.images), 100, shuffle=True)

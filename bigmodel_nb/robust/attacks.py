@@ -1129,6 +1129,25 @@ def robust_accuracy(
     return Proportion.of(fallen.sum(), len(fallen))
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #cd7aa49f
+def _ascending(eps: Sequence[float], attack: Attack) -> list[float]:
+    radii = sorted(float(radius) for radius in eps)
+    if not radii or attack.targeted:
+        raise ValueError(
+            f"eps has {len(radii)} radii and attack is {'' if attack.targeted else 'un'}targeted; allowed are at least"
+            " one radius and an untargeted attack"
+        )
+    return radii
+
+
+def _curve(radii: Sequence[float], fallen: Tensor) -> pd.DataFrame:
+    "Shares of the examples that stand at each radius; `fallen` (example,) as `_fallen` gives it."
+    shares = [Proportion.of((fallen > place).sum(), len(fallen)) for place in range(len(radii))]
+    return pd.DataFrame([
+        {"eps": radius, "accuracy": share.value, "low": share.low, "high": share.high, "n": share.n}
+        for radius, share in zip(radii, shares)
+    ])
+
+
 def robustness_curve(
     model: nn.Module,  # gives logits (batch, class); judged in evaluation mode and left as it was
     data: Iterable,  # batches (input, target), such as a DataLoader
@@ -1137,18 +1156,8 @@ def robustness_curve(
     device: torch.device | str | None = None,  # where the model is; default: where its first parameter is
 ) -> pd.DataFrame:  # columns eps, accuracy, low, high, n; a row a radius, ascending
     "Robust accuracy against radius, with Wilson intervals; never rising."
-    radii = sorted(float(radius) for radius in eps)
-    if not radii or attack.targeted:
-        raise ValueError(
-            f"eps has {len(radii)} radii and attack is {'' if attack.targeted else 'un'}targeted; allowed are at least"
-            " one radius and an untargeted attack"
-        )
-    fallen = torch.cat([_fallen(model, attack, radii, x, y) for x, y in _batches(model, data, device)])
-    shares = [Proportion.of((fallen > place).sum(), len(fallen)) for place in range(len(radii))]
-    return pd.DataFrame([
-        {"eps": radius, "accuracy": share.value, "low": share.low, "high": share.high, "n": share.n}
-        for radius, share in zip(radii, shares)
-    ])
+    radii = _ascending(eps, attack)
+    return _curve(radii, torch.cat([_fallen(model, attack, radii, x, y) for x, y in _batches(model, data, device)]))
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #b4815872
 def _batch_size(model: nn.Module, x: Tensor) -> int:

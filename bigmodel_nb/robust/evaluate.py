@@ -30,10 +30,9 @@ from ..data.sources import _class_folders, _read_image, loader
 from ..kit.core import Proportion
 from ..kit.plots import COLORS, figure, ink, label_lines, limit_line, show, table
 from ..models.vision import SmallConvNet
-from bigmodel_nb.robust.attacks import (
-    _ORDERS, FGSM, PGD, Attack, EnsembleAttack, Expectation, Square, _batches, _guest, _project, _random_change, _size,
-    _standing, draws_lots, robust_accuracy, robustness_curve,
-)
+from .attacks import FGSM, PGD, Attack, EnsembleAttack, Expectation, Square
+from .attacks import _ORDERS, _batches, _curve, _guest, _project, _random_change, _size, _standing
+from .attacks import draws_lots, robust_accuracy, robustness_curve
 from ..training.loop import fit, forward
 
 _all_ = ["robust_accuracy", "robustness_curve"]  # this chapter's judges, wherever they are looked for
@@ -279,16 +278,7 @@ def noise_curve(
                 standing = standing & _standing(model, (x + change).clamp(*bounds), y)
             rows.append(standing.cpu())
         held.append(torch.stack(rows))
-    return _curve(radii, torch.cat(held, 1))
-
-
-def _curve(radii: Sequence[float], held: Tensor) -> pd.DataFrame:
-    "Rows eps, accuracy, low, high, n from `held` (radius, example)."
-    shares = [Proportion.of(row.sum(), len(row)) for row in held]
-    return pd.DataFrame([
-        {"eps": radius, "accuracy": share.value, "low": share.low, "high": share.high, "n": share.n}
-        for radius, share in zip(radii, shares)
-    ])
+    return _curve(radii, torch.cat(held, 1).sum(0))
 
 # %% ../../nbs/06_robust/03_evaluate.ipynb #48f88e5d
 def plot_robustness(

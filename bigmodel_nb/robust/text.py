@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..adapting.finetune import SentenceEncoder, TextClassifier, _by_length
 from ..foundations.losses import cross_entropy, softmax
 from ..kit.core import Proportion
-from .attacks import Attack, _guest, _random_states, robustness_curve
+from .attacks import Attack, _ascending, _batches, _curve, _fallen, _guest, _random_states
 from ..training.loop import forward, move
 
 # %% ../../nbs/06_robust/05_text.ipynb #983d5e29
@@ -199,20 +199,17 @@ def embedding_curve(
 ) -> pd.DataFrame:  # columns eps, accuracy, low, high, n; a row a radius, ascending
     "Accuracy under an attack of the embeddings against its radius, with Wilson intervals; never rising."
     _check_per(attack, per)
-    radii, right, count = sorted(float(each) for each in eps), 0, 0
+    radii, fallen = _ascending(eps, attack), []
     for input, target in move(list(data), device):
         for rows, view, x in embedding_groups(model, input, special=special):
-            within = radii if x.numel() else [0.0] * len(radii)  # there is nothing to change
-            balls, points, classes = _balls(view, x, target[rows], per if x.numel() else "text")
-            part = robustness_curve(balls, [(points, classes)], attack, within, device)
-            right, count = right + (part["accuracy"] * len(rows)).round().to_numpy(), count + len(rows)
-    if count == 0:
+            within, ball = (radii, per) if x.numel() else ([0.0] * len(radii), "text")  # or there is nothing to change
+            for texts, classes in _batches(view, [(x, target[rows])], device):
+                model_of_balls, points, goals = _balls(view, texts, classes, ball)
+                found = _fallen(model_of_balls, attack, within, points, goals)
+                fallen.append(found.view(len(rows), -1)[:, 0])  # a text falls with all its tokens
+    if not fallen:
         raise ValueError("data gives no batch; allowed is a loader with at least one text")
-    shares = [Proportion.of(each, count) for each in right]
-    return pd.DataFrame([
-        {"eps": each, "accuracy": share.value, "low": share.low, "high": share.high, "n": count}
-        for each, share in zip(radii, shares)
-    ])
+    return _curve(radii, torch.cat(fallen))
 
 # %% ../../nbs/06_robust/05_text.ipynb #36b14546
 class _Known(torch.autograd.Function):

@@ -26,9 +26,9 @@ from torch.utils.flop_counter import flop_registry
 
 from ..foundations.losses import cross_entropy, kl_divergence, log_softmax
 from ..kit.core import Proportion
-from bigmodel_nb.robust.attacks import (
-    FGSM, PGD, _best_change, _check_examples, _guest, _project, _random_change, _random_states, _Slope, robust_accuracy,
-)
+from .attacks import FGSM, PGD, robust_accuracy
+from .attacks import _best_change, _check_examples, _guest, _project, _random_change, _random_states
+from .attacks import _Slope
 from ..training.loop import History, forward
 
 # %% ../../nbs/06_robust/02_training.ipynb #ecaf0f49
@@ -184,7 +184,7 @@ class _Divergence(_Climb):
         logs = log_softmax(self.logits(x, rows), 1)
         return kl_divergence(logs, self.answers[rows], "none", log_target=True).sum(1)
 
-# %% ../../nbs/06_robust/02_training.ipynb #d1f7c2a9
+# %% ../../nbs/06_robust/02_training.ipynb #5f21fa01
 class TRADES(RobustObjective):
     """An objective for `training.fit`: cross-entropy, plus the divergence under attack (Zhang et al. 2019, eq. 5).
 
@@ -521,12 +521,11 @@ class OverfittingAlarm:
             self._good = copy.deepcopy(self.model.state_dict())
         elif self.raised_at is None:
             self.raised_at = len(history.batch_losses)
-            warnings.warn(
-                f"training against one step has stopped working by batch {self.raised_at}: of the held-out examples one"
-                f" step leaves {one}, {self.attack.steps} steps leave {several}", stacklevel=2
-            )
+            said = f"one step leaves {one} of the held-out examples, {self.attack.steps} steps leave {several}"
+            warnings.warn(f"one step has stopped working by batch {self.raised_at}: {said}", stacklevel=2)
             if self.cure is not None:
                 self.model.load_state_dict(self._good)
-                history.stop |= self.cure == "stop"
-            if isinstance(self.cure, AdversarialTraining):
+            if self.cure == "stop":
+                history.stop = True
+            elif self.cure is not None:
                 self.cure.attack = self.attack
