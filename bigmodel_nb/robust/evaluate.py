@@ -10,10 +10,9 @@ __all__ = ['Preprocessed', 'Classifier', 'load_classifier', 'sample_images', 'no
 import contextlib
 import math
 import random
-import urllib.error
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from ..data.sources import _class_folders, _read_image, loader
 from ..kit.core import Proportion
-from ..kit.plots import COLORS, figure, ink, label_lines, limit_line, show, table
+from ..kit.plots import COLORS, figure, label_lines, limit_line, show, table
 from ..models.vision import SmallConvNet
 from .attacks import FGSM, PGD, Attack, EnsembleAttack, Expectation, Square
 from .attacks import _ORDERS, _batches, _curve, _guest, _project, _random_change, _size, _standing

@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..foundations.losses import cross_entropy, kl_divergence, log_softmax
-from ..kit.core import Proportion
 from .attacks import FGSM, PGD, robust_accuracy
 from .attacks import _best_change, _check_examples, _guest, _project, _random_change, _random_states
 from .attacks import _Slope
