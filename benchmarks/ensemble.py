@@ -8,7 +8,6 @@ other one reached: within rounding of 0 the two stopped at the same boundary. Ex
 torchattacks and ART take part where they are installed (`pip install torchattacks adversarial-robustness-toolbox`).
 """
 import argparse
-import gzip
 import os
 import sys
 import time
@@ -16,7 +15,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +24,8 @@ from bigmodel_nb.models.vision import SmallConvNet
 from bigmodel_nb.robust.attacks import PGD, EnsembleAttack, _judged
 from bigmodel_nb.robust.training import AdversarialTraining
 from bigmodel_nb.training.loop import fit
+
+from mnist_robust import mnist
 
 try:
     import torchattacks
@@ -42,14 +42,6 @@ def hardened(net: nn.Module, images: Tensor, targets: Tensor, eps: float, epochs
     fit(net, loader(images, targets, 64, shuffle=True), epochs=epochs, optimizer=torch.optim.AdamW(net.parameters(), lr=3e-3), device="cpu",
         objective=AdversarialTraining(PGD(eps, steps=5)))
     return net.eval()
-
-
-def mnist(folder: Path, part: str, count: int) -> tuple[Tensor, Tensor]:
-    with gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as file:
-        images = np.frombuffer(file.read(16 + 784 * count), np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    with gzip.open(folder / f"{part}-labels-idx1-ubyte.gz") as file:
-        targets = np.frombuffer(file.read(8 + count), np.uint8, offset=8)
-    return torch.from_numpy(images / np.float32(255)), torch.from_numpy(targets.astype(np.int64))
 
 
 def cases(count: int) -> dict[str, tuple[nn.Module, Tensor, Tensor, float]]:

@@ -87,6 +87,17 @@ def test_spread_moves_nothing_that_need_not_move():
     assert len(spread([], gap=1.0)) == 0
 
 
+@pytest.mark.parametrize("end", [False, True])
+def test_a_limit_is_named_inside_the_picture_at_the_end_that_is_asked_for(end):
+    made, axes = figure("A line and its limit", height=2)
+    axes.plot([0, 1], [0, 1])
+    limit_line(axes, 0.5, "limit", end=end)
+    made.canvas.draw()
+    (name,) = [text.get_window_extent() for text in axes.texts if text.get_text() == "limit"]
+    frame = axes.get_window_extent()
+    assert frame.x0 < name.x0 and name.x1 < frame.x1 and (name.x0 > frame.x0 + frame.width / 2) is end
+
+
 def test_labels_of_lines_do_not_overlap():
     made, axes = figure("Three lines that end together", height=2)
     for offset in (0.0, 0.001, 0.002):

@@ -183,13 +183,15 @@ def limit_line(
     value: float,  # position of the line, in data units
     name: str,  # what the limit is
     along: Literal["x", "y"] = "x",  # "x": a horizontal line at height `value`; "y": a vertical one at `value`
+    end: bool = False,  # name a horizontal line at its right end, instead of at its left
 ) -> None:
     "A thin dashed line at a limit, with its name."
     style = dict(color=COLORS["limit"], linestyle="--", linewidth=0.9, label="_limit", zorder=1)
     text = dict(color=COLORS["limit"], fontsize=8.5, textcoords="offset points")
     if along == "x":
         axes.axhline(value, **style)
-        axes.annotate(name, (0, value), xycoords=("axes fraction", "data"), xytext=(4, 3), **text)
+        at = dict(xytext=(-4, 3), ha="right") if end else dict(xytext=(4, 3))
+        axes.annotate(name, (int(end), value), xycoords=("axes fraction", "data"), **at, **text)
     elif along == "y":
         axes.axvline(value, **style)
         axes.annotate(name, (value, 1), xycoords=("data", "axes fraction"), xytext=(4, -10), **text)
