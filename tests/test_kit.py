@@ -95,7 +95,7 @@ def test_a_limit_is_named_inside_the_picture_at_the_end_that_is_asked_for(end):
     made.canvas.draw()
     (name,) = [text.get_window_extent() for text in axes.texts if text.get_text() == "limit"]
     frame = axes.get_window_extent()
-    assert frame.x0 < name.x0 and name.x1 < frame.x1 and (name.x0 > frame.x0 + frame.width / 2) is end
+    assert frame.x0 < name.x0 and name.x1 < frame.x1 and (name.x0 > frame.x0 + frame.width / 2) == end
 
 
 def test_labels_of_lines_do_not_overlap():
