@@ -251,6 +251,18 @@ def sample_images(
         pixels = (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True).clamp(0, 1)
     return pixels, torch.tensor([files[place][1] for place in drawn]), classes
 
+# %% ../../nbs/06_robust/03_evaluate.ipynb #5c0de1a7
+class _Counted(nn.Module):
+    "Counts the passes of the model inside; a backward pass counts as two."
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.passes = model, 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.passes += len(input) * (3 if input.requires_grad and torch.is_grad_enabled() else 1)
+        return forward(self.model, input)
+
 # %% ../../nbs/06_robust/03_evaluate.ipynb #d19a9489
 def noise_curve(
     model: nn.Module,  # gives logits (batch, class); judged in evaluation mode and left as it was
@@ -357,18 +369,6 @@ class MaskingReport:
         return self.table()._repr_html_()
 
 # %% ../../nbs/06_robust/03_evaluate.ipynb #40c32e07
-class _Counted(nn.Module):
-    "Counts the passes of the model inside; a backward pass counts as two."
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model, self.passes = model, 0
-
-    def forward(self, input: Tensor) -> Tensor:
-        self.passes += len(input) * (3 if input.requires_grad and torch.is_grad_enabled() else 1)
-        return forward(self.model, input)
-
-
 def _collected(model: nn.Module, data: Iterable, device, most: int = 2000) -> tuple[Tensor, Tensor]:
     "The first examples of a loader, at most so many, where the model is."
     inputs, targets, count = [], [], 0
