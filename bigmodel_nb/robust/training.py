@@ -203,13 +203,7 @@ class TRADES(RobustObjective):
         _check_number("beta", beta)
         self.beta = beta
 
-    def loss_at(
-        self,
-        model: nn.Module,  # gives logits (batch, class)
-        input: Tensor,  # inputs (batch, ...) as they are
-        attacked: Tensor,  # the same inputs under attack
-        target: Tensor,  # true classes (batch,)
-    ) -> Tensor:  # a scalar
+    def loss_at(self, model: nn.Module, input: Tensor, attacked: Tensor, target: Tensor) -> Tensor:  # as above
         "Cross-entropy of the inputs as they are, and `beta` times the divergence of the answers to both."
         clean, other = forward(model, input), log_softmax(forward(model, attacked), 1)
         apart = kl_divergence(other, log_softmax(clean, 1), "batchmean", log_target=True)
@@ -249,13 +243,7 @@ class MART(RobustObjective):
         _check_number("beta", beta)
         self.beta = beta
 
-    def loss_at(
-        self,
-        model: nn.Module,  # gives logits (batch, class)
-        input: Tensor,  # inputs (batch, ...) as they are
-        attacked: Tensor,  # the same inputs under attack
-        target: Tensor,  # true classes (batch,)
-    ) -> Tensor:  # a scalar
+    def loss_at(self, model: nn.Module, input: Tensor, attacked: Tensor, target: Tensor) -> Tensor:  # as above
         "Boosted cross-entropy of the attacked batch, and `beta` times the weighted divergence."
         clean, other = log_softmax(forward(model, input), 1), forward(model, attacked)
         apart = kl_divergence(log_softmax(other, 1), clean, "none", log_target=True).sum(1)
@@ -404,13 +392,7 @@ class FreeTraining(RobustObjective):
         here.requires_grad_().register_hook(climb)
         return here
 
-    def loss_at(
-        self,
-        model: nn.Module,  # gives logits (batch, class)
-        input: Tensor,  # inputs (batch, ...) as they are
-        attacked: Tensor,  # the same inputs with the change
-        target: Tensor,  # true classes (batch,)
-    ) -> Tensor:  # a scalar
+    def loss_at(self, model: nn.Module, input: Tensor, attacked: Tensor, target: Tensor) -> Tensor:  # as above
         "The loss of the changed batch."
         return self.loss(forward(model, attacked), target)
 
