@@ -222,7 +222,7 @@ def net():
 
 
 ATTACKS = [FGSM(0.1), PGD(0.1, steps=4, restarts=2), PGD(1.5, "l1", steps=4), PGD(0.5, "l2", steps=3, step_size=0.2), MomentumPGD(0.5, "l2", steps=4),
-           APGD(0.1, steps=8), APGD(0.1, steps=8, loss="dlr", early_stop=True), APGD(1.5, "l1", steps=8), DeepFool(0.5), FAB(0.1, "linf", steps=3, restarts=2),
+           PGD(0.1, steps=6, restarts=2, early_stop=True), APGD(0.1, steps=8), APGD(0.1, steps=8, loss="dlr", early_stop=True), APGD(1.5, "l1", steps=8), DeepFool(0.5), FAB(0.1, "linf", steps=3, restarts=2),
            FAB(1.5, "l1", steps=3, each=True, rivals=2), CarliniWagner(0.5, steps=10, rounds=2, rivals=2), Square(0.12, queries=30), Square(0.9, "l2", queries=30),
            Square(4.0, "l1", queries=30, early_stop=True),
            EnsembleAttack([APGD(0.1, steps=4), FAB(0.1, "linf", steps=2), Square(0.1, queries=20)])]
@@ -331,6 +331,15 @@ def test_a_curve_takes_every_attack(net):
         curve = robustness_curve(model, [(x, y)], attack, [0.0, 0.05, 0.1])
         assert curve["accuracy"][0] == 1 and curve["accuracy"].is_monotonic_decreasing and curve["accuracy"][2] < 1
     assert PGD(0.05, step_size=0.01).at(0.1).step_size == pytest.approx(0.02) and PGD(0.05).at(0.1).step_size is None
+
+
+@pytest.mark.parametrize("attack", [PGD(0.05, early_stop=True), APGD(0.05, steps=10, early_stop=True)], ids=lambda each: type(each).__name__)
+def test_a_fooled_example_that_waits_in_the_batch_is_left_as_it_was_first_fooled(attack, net):
+    model, x, y = net
+    whole, alone = attack(model, x, y), torch.cat([attack(model, one[None], label[None]) for one, label in zip(x, y)])
+    fooled = model(whole).argmax(1) != y
+    assert 0 < fooled.sum() < 0.2 * len(y)  # too few to make the batch smaller
+    assert torch.equal(model(alone).argmax(1) != y, fooled) and (whole - alone)[fooled].abs().max() < 1e-6
 
 
 def test_early_stop_costs_nothing(net):

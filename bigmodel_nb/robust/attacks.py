@@ -204,11 +204,12 @@ class _Slope:
         logits = self.logits(x, y)
         losses = self.sign * _losses(logits, y, self.loss, rival)
         margins = self.sign * _margin(logits, y)
-        gradient = self.of(losses, x, keep=True)
+        gradient = self.of(losses, x)
         flat = _size(gradient, "linf") < torch.finfo(x.dtype).tiny
         if self.loss != "margin" and flat.any():
             self.faded |= bool((flat & (margins <= 0)).any())  # where it has arrived none is needed
-            gradient = torch.where(_per_example(flat, x), self.of(margins, x), gradient)
+            again = self.sign * _margin(self.logits(x, y), y)  # rare: keeping each graph for it would cost more
+            gradient = torch.where(_per_example(flat, x), self.of(again, x), gradient)
             flat = _size(gradient, "linf") == 0
         self.blind |= bool((flat & (margins <= 0)).any())
         return gradient, losses.detach(), margins.detach()
@@ -443,14 +444,16 @@ class FGSM(Attack):
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #7c965620
 class _Best:
-    "For each example the point of largest margin that was met."
+    "For each example the point of largest margin that was met, or of misread ones the first."
 
-    def __init__(self, x: Tensor):
-        self.points, self.margins = x.clone(), x.new_full((len(x),), -math.inf)
+    def __init__(self, x: Tensor, first: bool = False):
+        self.points, self.margins, self.first = x.clone(), x.new_full((len(x),), -math.inf), first
 
     def note(self, rows: Tensor, points: Tensor, margins: Tensor) -> None:
         "Points (row, ...) of the examples `rows`, with their margins."
         better = margins > self.margins[rows]  # never true of nan
+        if self.first:
+            better &= self.standing(rows)
         self.points[rows[better]], self.margins[rows[better]] = points[better], margins[better].to(self.margins)
 
     def standing(self, rows: Tensor) -> Tensor:
@@ -474,7 +477,7 @@ class _Climber(Attack):
     fast: bool = False  # climb on a quick copy of the model: in bfloat16 where that is native
 
     def _run(self, slope: _Slope, x: Tensor, y: Tensor) -> Tensor:
-        best, rows = _Best(x), torch.arange(len(x), device=x.device)
+        best, rows = _Best(x, first=self.early_stop), torch.arange(len(x), device=x.device)
         for draw, goals in enumerate(self._goals(slope, x, y)):
             left = rows[best.standing(rows)] if self.early_stop else rows
             if len(left):
@@ -487,6 +490,11 @@ class _Climber(Attack):
     def _goals(self, slope: _Slope, x: Tensor, y: Tensor) -> list[Tensor]:
         "What each climb is about: the classes (batch,), or (batch, 2) with a rival."
         return [y] * self.restarts
+
+    def _left(self, best: _Best, rows: Tensor) -> Tensor | None:
+        "(row,) which examples go on, once a fifth is fooled, else None: kernels are prepared anew for each batch size."
+        left = best.standing(rows) if self.early_stop else None
+        return left if left is not None and left.float().mean() < 0.8 else None
 
     def _moved(self, change: Tensor, gradient: Tensor, x: Tensor, share: Tensor) -> Tensor:
         "One step up from `change`; a `share` (batch,) of 1 crosses the ball."
@@ -526,8 +534,8 @@ class PGD(_Climber):
             else:
                 fixed = _path(memory, here, self.norm, self.bounds)(x.new_full((len(x),), self.step_size))
                 change = _project(change + fixed, x, self.eps, self.norm, self.bounds)
-            if self.early_stop:
-                left = best.standing(rows)
+            left = self._left(best, rows)
+            if left is not None:
                 x, y, change, memory, rows = x[left], y[left], change[left], memory[left], rows[left]
         here = (x + change).clamp(*self.bounds)
         if len(rows):
@@ -611,8 +619,8 @@ class APGD(_Climber):
         vars(now).update(share=share, fresh=fresh, gains=0 * share, marked=value, halved=fresh)
         checks = _checks(self.steps)
         for step in range(1, self.steps + 1):
-            if self.early_stop:
-                left = best.standing(now.rows)
+            left = self._left(best, now.rows)
+            if left is not None:
                 now = SimpleNamespace(**{name: each[left] for name, each in vars(now).items()})
             if len(now.rows) == 0:
                 return
@@ -1217,7 +1225,8 @@ def _by_copy(attack: Attack, slope: _Slope, x: Tensor, y: Tensor) -> Tensor:
     slope.faded, slope.blind = quick.faded, quick.blind
     if attack.early_stop:
         margins = slope.look(found, y)[1]
-        rows = ((quick.look(found, y)[1] > 0) & ~(margins > 0)).nonzero()[:, 0]
+        rows = (~(margins > 0)).nonzero()[:, 0]
+        rows = rows[quick.look(found[rows], y[rows])[1] > 0] if len(rows) else rows
         if len(rows):
             again = attack._found(slope, x[rows], y[rows])
             better = slope.look(again, y[rows])[1] > margins[rows]
