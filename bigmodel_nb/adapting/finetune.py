@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,11 @@ from ..data.sources import check_classes, class_numbers, copy_groups, split_indi
 from ..foundations.losses import cross_entropy, softmax
 from ..kit.core import best_device, best_dtype
 from ..training.loop import History, fit, move, supervised
+
+if TYPE_CHECKING:  # libraries that take seconds to import
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import Pipeline
+    from transformers import PreTrainedTokenizerBase
 
 # %% ../../nbs/05_adapting/03_finetune.ipynb #4c234df0
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

@@ -7,7 +7,6 @@ __all__ = ['to_json', 'record', 'read_records']
 
 # %% ../../nbs/00_kit/01_record.ipynb #51cb032a
 import dataclasses
-import json
 import math
 from typing import Any
 

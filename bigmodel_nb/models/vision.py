@@ -6,7 +6,6 @@
 __all__ = ['SmallConvNet']
 
 # %% ../../nbs/03_models/03_vision.ipynb #d8e0a991
-import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/03_models/03_vision.ipynb #3a05ba08
