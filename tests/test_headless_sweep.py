@@ -34,6 +34,12 @@ def save(workshop):
     return write
 
 
+def gated():
+    """A body in which all but two runs wait until there is a file `go`, so that they cannot end before a signal is heard."""
+    go = str(Path("go").absolute())
+    return f"{BODY}\nimport os, time\nbegun = time.monotonic()\nwhile n > 2 and not os.path.exists({go!r}) and time.monotonic() < begun + 60:\n    time.sleep(0.1)"
+
+
 def stamps(out="out"):
     return {path.parent.name: path.stat().st_mtime_ns for path in Path(out).glob("*/ran")}
 
@@ -168,7 +174,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
 def test_an_interrupt_is_heard_wherever_it_strikes(save):
-    save(BODY + "\nimport time\ntime.sleep(1)")
+    save(gated())
     Path("script.py").write_text(DEAF)
     done = subprocess.run([sys.executable, "script.py"], stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr.splitlines()[-1]
@@ -177,7 +183,7 @@ def test_an_interrupt_is_heard_wherever_it_strikes(save):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
 def test_sigterm_leaves_a_valid_table_too(save):
-    save(BODY + "\nimport time\ntime.sleep(1)")
+    save(gated())
     Path("script.py").write_text(SCRIPT)
     with subprocess.Popen([sys.executable, "script.py"], stderr=subprocess.DEVNULL) as sweeper:
         while not list(Path("out").glob("*/report.html")):
@@ -191,7 +197,7 @@ def test_sigterm_leaves_a_valid_table_too(save):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
 def test_a_sweep_that_was_interrupted_goes_on_where_it_stopped(save):
-    name = save(BODY + "\nimport time\ntime.sleep(1)")
+    name = save(gated())
     Path("script.py").write_text(SCRIPT)
     with subprocess.Popen([sys.executable, "script.py"], start_new_session=True, stderr=subprocess.DEVNULL) as sweeper:
         while len(list(Path("out").glob("*/report.html"))) < 2:
@@ -202,6 +208,7 @@ def test_a_sweep_that_was_interrupted_goes_on_where_it_stopped(save):
     stopped = pd.read_csv("out/sweep.csv")
     assert len(stopped) == 6 and set(stopped.status) == {"ok", "interrupted"} and Path("out/sweep.html").read_text().endswith("</html>")
     before = {path.parent.name: path.stat().st_mtime_ns for path in Path("out").glob("*/report.html")}
+    Path("go").touch()
     resumed = sweep(name, {"n": [1, 2, 3, 4, 5, 6]}, out="out")
     assert list(resumed.status) == ["ok"] * 6
     after = {path.parent.name: path.stat().st_mtime_ns for path in Path("out").glob("*/report.html")}
