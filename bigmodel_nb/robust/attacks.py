@@ -493,8 +493,10 @@ class _Climber(Attack):
 
     def _left(self, best: _Best, rows: Tensor) -> Tensor | None:
         "(row,) which examples go on, once a fifth is fooled, else None: kernels are prepared anew for each batch size."
-        left = best.standing(rows) if self.early_stop else None
-        return left if left is not None and left.float().mean() < 0.8 else None
+        if not self.early_stop:
+            return None
+        left = best.standing(rows)
+        return left if left.float().mean() < 0.8 else None
 
     def _moved(self, change: Tensor, gradient: Tensor, x: Tensor, share: Tensor) -> Tensor:
         "One step up from `change`; a `share` (batch,) of 1 crosses the ball."
