@@ -372,11 +372,16 @@ def test_batchnorm_is_folded_where_that_changes_nothing():
     model = resnet18(num_classes=10)
     model(torch.rand(8, 3, 32, 32))  # gives the running means something to fold
     model.eval()
-    x = torch.rand(2, 3, 32, 32)
+    x, before = torch.rand(2, 3, 32, 32), copy.deepcopy(model.state_dict())
     with torch.no_grad():
         folded = _folded(model, x)
         assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
         assert torch.allclose(folded(x), model(x), rtol=1e-3, atol=1e-4)
+    assert folded.fc.weight.data_ptr() == model.fc.weight.data_ptr() and not folded.fc.weight.requires_grad  # nothing is copied needlessly
+    PGD(0.03, steps=1, fast=True)(model, x, torch.tensor([1, 2]))
+    now = model.state_dict()
+    assert all(now[name].dtype == value.dtype and now[name].stride() == value.stride() and torch.equal(now[name], value) for name, value in before.items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
     class Branching(nn.Module):
         def __init__(self):

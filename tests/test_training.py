@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bigmodel_nb.data.sources import loader
 from bigmodel_nb.foundations.losses import cross_entropy
 from bigmodel_nb.training import loop
-from bigmodel_nb.training.loop import History, LiveCurve, draw_history, evaluate, fit, forward, move, predict, supervised
+from bigmodel_nb.training.loop import History, LiveCurve, MixedPrecision, draw_history, evaluate, fit, forward, move, predict, supervised
 
 
 @pytest.fixture(autouse=True)
@@ -207,6 +207,13 @@ def test_forward_passes_mappings_by_keyword_and_takes_logits():
 Pair = namedtuple("Pair", "left right")
 
 
+@pytest.mark.parametrize("dtype, found", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_logits_of_16_bits_come_back_in_32(dtype, found):
+    model, x = nn.Linear(4, 3).to(dtype), torch.randn(5, 4, dtype=dtype)
+    assert forward(model, x).dtype == found and torch.equal(forward(model, x), model(x).to(found))
+    assert forward(lambda x: "no tensor", x) == "no tensor"
+
+
 @given(st.recursive(st.sampled_from(["tensor", 3, "text", None]),
                     lambda inner: st.lists(inner, max_size=3) | st.tuples(inner) | st.dictionaries(st.text(max_size=3), inner, max_size=3) | st.builds(Pair, inner, inner)))
 def test_move_keeps_the_structure(structure):
@@ -237,6 +244,59 @@ def test_any_loss_makes_an_objective():
     model, inputs = nn.Linear(4, 1), data()[0]
     history = fit(model, loader(inputs, inputs[:, :1] * 3), epochs=200, objective=supervised(F.mse_loss), optimizer=torch.optim.SGD(model.parameters(), 0.1), device="cpu")
     assert history.batch_losses[-1] < 1e-4 and model.weight[0, 0].item() == pytest.approx(3, abs=0.05)
+
+
+class Seen(nn.Module):
+    """Notes the types of its input and of its answer."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside, self.types = inside, []
+
+    def forward(self, x):
+        answer = self.inside(x)
+        self.types += [x.dtype, answer.dtype]
+        return answer
+
+
+@given(st.integers(0, 2**31), st.floats(0.1, 10))
+@settings(max_examples=20, deadline=None)
+def test_mixed_precision_shortens_products_only(seed, scale):
+    torch.manual_seed(seed)
+    last = Seen(nn.Linear(32, 3))
+    model, x, y = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), last), scale * torch.randn(20, 4), torch.randint(3, (20,))
+    losses, slopes = [], []
+    for objective in (supervised(cross_entropy), MixedPrecision(supervised(cross_entropy), torch.bfloat16)):
+        model.zero_grad()
+        losses.append(objective(model, x, y))
+        losses[-1].backward()
+        slopes.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert last.types == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert losses[1].dtype == slopes[1].dtype == torch.float32 and not torch.equal(*losses)
+    assert abs(losses[0] - losses[1]) < 0.02 * (1 + losses[0].abs()) and (slopes[0] - slopes[1]).norm() < 0.05 * slopes[0].norm()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_mixed_precision_changes_nothing_else():
+    objective = supervised(cross_entropy)
+    objective.units = 7
+    long = MixedPrecision(objective, torch.float32)
+    model, (x, y) = network().eval(), data()
+    assert torch.equal(long(model, x, y), objective(model, x, y)) and long.units == 7 and MixedPrecision(supervised(cross_entropy)).units == 3
+    assert copy.deepcopy(long).objective is not None
+    plain, mixed = (fit(network(), batches(), epochs=5, objective=each, device="cpu").frame["train_loss"].tolist() for each in (None, MixedPrecision(supervised(cross_entropy), torch.bfloat16)))
+    assert mixed == pytest.approx(plain, rel=0.01) and mixed != plain and mixed[-1] < mixed[0]
+    with pytest.raises(ValueError, match="dtype is torch.float16; allowed are torch.bfloat16, torch.float32 and None"):
+        MixedPrecision(objective, torch.float16)
+
+
+def test_mixed_precision_takes_the_type_of_the_device(monkeypatch):
+    last = Seen(nn.Linear(4, 3))
+    x, y = data()
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(loop, "best_dtype", lambda device: dtype)
+        MixedPrecision(supervised(cross_entropy))(last, x, y)
+    assert last.types[1::2] == [torch.bfloat16, torch.float32]
 
 
 def test_mappings_train():

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 
 from ..data.sources import check_classes, class_numbers, copy_groups, split_indices, without_copies
 from ..foundations.losses import cross_entropy, softmax
-from ..kit.core import best_device, best_dtype
-from ..training.loop import History, fit, move, supervised
+from ..kit.core import best_device
+from ..training.loop import History, MixedPrecision, fit, move, supervised
 
 if TYPE_CHECKING:  # libraries that take seconds to import
     from sklearn.linear_model import LogisticRegression
@@ -512,14 +512,9 @@ def finetune(
         parameter_groups(classifier, learning_rate, layer_decay, weight_decay=weight_decay), fused=True
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_linear(step, steps, warmup))
-    objective, dtype = objective or supervised(cross_entropy), best_dtype(device)
-
-    def mixed(model: nn.Module, input: Any, target: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return objective(model, input, target)
-
+    objective = MixedPrecision(objective or supervised(cross_entropy))
     history = fit(classifier, train_loader, valid_loader, epochs=epochs, optimizer=optimizer, scheduler=scheduler,
-                  objective=mixed, callbacks=callbacks, max_norm=1.0, device=device)
+                  objective=objective, callbacks=callbacks, max_norm=1.0, device=device)
     classifier.eval()
     return history
 

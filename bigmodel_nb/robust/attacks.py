@@ -1186,17 +1186,23 @@ def _batch_size(model: nn.Module, x: Tensor) -> int:
     return max(1, int(room / max(1, kept[1] - kept[0])))
 
 
+def _frozen(model: nn.Module) -> nn.Module:
+    "A copy of a model that cannot be trained; its weights are those of the model, in the same memory."
+    shared = {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in model.parameters()}
+    return copy.deepcopy(model, shared)
+
+
 def _folded(model: nn.Module, x: Tensor) -> nn.Module:
-    "A copy of a model in evaluation mode, each BatchNorm folded into the convolution before it where that can be done."
+    "The same, in evaluation mode, each BatchNorm folded into the convolution before it where that can be done."
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         try:
-            folded = fuse(model)
+            folded = fuse(_frozen(model), inplace=True)
             logits = forward(model, x)
             if (forward(folded, x) - logits).abs().max() <= 1e-3 * logits.abs().max():
                 return folded
         except Exception:  # whatever symbolic tracing cannot follow
             pass
-    return copy.deepcopy(model)
+    return _frozen(model)
 
 
 class _Quick(nn.Module):
@@ -1205,7 +1211,7 @@ class _Quick(nn.Module):
     def __init__(self, model: nn.Module, x: Tensor):
         super().__init__()
         with torch.no_grad():
-            self.model = _folded(model, x[:2]).requires_grad_(False)
+            self.model = _folded(model, x[:1])
         short = best_dtype(x.device) == torch.bfloat16
         self.dtype = torch.bfloat16 if short and x.dtype == torch.float32 else None
         for module in self.model.modules():

@@ -509,14 +509,14 @@ def _at_random(seen: _Examined, rows: Tensor, points: int) -> Tensor:
     climb, fallen = seen.climb, torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     for start in range(0, points, 200):
         left = (~fallen).nonzero()[:, 0]
+        if len(left) == 0:
+            break
         x = seen.x[rows[left]]
         for draws in torch.arange(start, min(start + 200, points)).split(max(1, 2_000_000 // max(1, x.numel()))):
             changes = [_random_change(x, climb.eps, climb.norm, climb.seed, draw) for draw in draws.tolist()]
             tried = (x + torch.stack(changes)).clamp(*climb.bounds).flatten(0, 1)
             misread = seen.misread(tried, rows[left].repeat(len(draws)))
             fallen[left] |= misread.view(len(draws), -1).any(0)
-        if fallen.all():
-            break
     return fallen
 
 # %% ../../nbs/06_robust/03_evaluate.ipynb #5bdc291c
@@ -532,11 +532,9 @@ def _stranger_checks(seen: _Examined, queries: int, points: int, substitute: nn.
         agree = forward(substitute, seen.x).argmax(1) == seen.y
     yield seen.check("another model's slopes find nothing more", new,
                      f"an attack on a substitute, which answers {_percent(agree)} alike, fells {int(new.sum())} {left}")
-    few = rows[:10]
-    fallen = _at_random(seen, few, points) if len(few) else seen.fallen[:0]
-    new = fallen if len(few) == 10 else seen.new(few, fallen)  # fewer stand: then all examples have been tried
+    new = seen.new(rows, _at_random(seen, rows, points))
     yield seen.check("random points find nothing more", new,
-                     f"one of {points:,} random points fells {int(new.sum())} of {len(few)} examples that stand")
+                     f"random points of the ball, {points:,} for each, fell {int(new.sum())} {left}")
 
 # %% ../../nbs/06_robust/03_evaluate.ipynb #d25d760d
 def masking_report(
@@ -548,7 +546,7 @@ def masking_report(
     steps: int = 20,  # steps of the white-box attack on either loss
     examples: int = 200,  # at most so many are attacked, drawn from those that the model reads rightly
     queries: int = 500,  # of the search without slopes, for each example that stands
-    points: int = 10_000,  # random points, for ten examples that stand; a 20th of them where the model draws lots
+    points: int = 10_000,  # random points, for each example that stands; a 20th of them where the model draws lots
     substitute: nn.Module | None = None,  # an undefended model for the same inputs; default: one is trained on answers
     tolerance: float = 0.05,  # share of examples that may speak against a sound evaluation
     bounds: tuple[float, float] = (0.0, 1.0),  # the box: smallest and largest value of an input
@@ -557,9 +555,9 @@ def masking_report(
 ) -> MaskingReport:
     """Ten checks of whether attacks by slopes can be believed on this model.
 
-    It costs at most about `33 * steps + queries + 10 * points / examples` forward passes for each example, twenty times
-    as much for a model that draws lots, and the training of the substitute. Source: Carlini et al. 2019, "On evaluating
-    adversarial robustness", section 5.
+    It costs at most about `33 * steps + queries + points` forward passes for each example, so that `points` decides
+    how long a large net takes; twenty times as much, `points` apart, for a model that draws lots; and the training of
+    the substitute. Source: Carlini et al. 2019, "On evaluating adversarial robustness", section 5.
     """
     white = _white_box(eps, norm, steps, bounds, seed)
     Square(eps, norm, queries, bounds=bounds)  # says what is wrong with the settings
