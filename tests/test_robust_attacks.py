@@ -397,6 +397,19 @@ def test_batchnorm_is_folded_where_that_changes_nothing():
     assert PGD(0.03, steps=2, fast=True)(untouched, x, torch.tensor([1, 2])).shape == x.shape
 
 
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.rand(2, 1, 8, 8)),
+                                  lambda model: nn.Sequential(nn.utils.parametrizations.spectral_norm(model[0]), *model[1:])], ids=["scripted", "traced", "parametrised"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_models_that_are_not_plain_modules_have_quick_copies(make):
+    torch.manual_seed(0)
+    model = make(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval()).eval()
+    x, before = torch.rand(20, 1, 8, 8), copy.deepcopy(model.state_dict())
+    y = model(x).argmax(1)
+    plain, quick = (_judged(model, PGD(0.2, fast=fast)(model, x, y), y) > 0 for fast in (False, True))
+    assert plain.any() and abs(int(plain.sum()) - int(quick.sum())) <= 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and all(each.requires_grad for each in model.parameters())
+
+
 # --- bad input
 
 @pytest.mark.parametrize("make, said", [
