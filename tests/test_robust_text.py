@@ -18,6 +18,7 @@ from bigmodel_nb.robust.attacks import APGD, FAB, FGSM, PGD, CarliniWagner, Deep
 from bigmodel_nb.robust.text import (_ending, _negates, NEGATIONS, EmbeddingTraining, SmoothnessTraining, Typos, WordSwap,
                                      attack_embeddings, embedding_curve, embedding_groups, free_tokens, is_negation,
                                      negations, show_changes, success_rate, token_lengths)
+from bigmodel_nb.robust.training import cost_meter
 from bigmodel_nb.training.loop import fit
 
 ENDLESS = (-math.inf, math.inf)
@@ -317,6 +318,16 @@ def test_radius_zero_is_ordinary_training_with_the_same_dropout(make):
         if objective.random_start:
             torch.rand_like(torch.zeros(5, 7, 1).double()), torch.randn_like(torch.zeros(5, 7, 4).double())
         torch.testing.assert_close(value, cross_entropy(net(**input), y), rtol=0, atol=1e-12)
+
+
+def test_units_are_what_is_counted():
+    objectives = {str(place): make for place, make in enumerate([
+        EmbeddingTraining.fgm(0.1, special=SPECIAL), EmbeddingTraining.pgd(0.1, 1, special=SPECIAL), EmbeddingTraining.pgd(0.1, 3, special=SPECIAL),
+        EmbeddingTraining.freelb(0.1, 2, special=SPECIAL), EmbeddingTraining.freelb(0.1, 4, special=SPECIAL), EmbeddingTraining(0.1, 3, average=False, special=SPECIAL),
+        SmoothnessTraining.vat(0.1, special=SPECIAL), SmoothnessTraining.smart(0.1, special=SPECIAL), SmoothnessTraining.vat(0.1, steps=3, special=SPECIAL)])}
+    table = cost_meter(objectives, toy(deep=True), toy_batch(), torch.tensor([0, 1, 0, 1, 1]), rounds=1)
+    assert table["counted"].tolist() == pytest.approx(table["predicted"].tolist(), abs=1e-9)
+    assert table["predicted"].tolist() == [6, 5, 9, 6, 12, 9, 8, 8, 12]
 
 
 def test_smoothness_adds_the_divergence_of_what_is_said():

@@ -318,7 +318,7 @@ class EmbeddingTraining:
         _check_ball(radius, steps, per, step_size)
         self.radius, self.steps, self.random_start, self.average = radius, steps, random_start, average
         self.step_size = 2 * radius / (steps + 1) if step_size is None else step_size
-        self.per, self.loss, self.special = per, loss, special
+        self.per, self.loss, self.special, self.units = per, loss, special, steps * (3 if average else 2) + 3
 
     @classmethod
     def fgm(cls, radius: float, **options) -> "EmbeddingTraining":  # parameters as above
@@ -372,7 +372,7 @@ class SmoothnessTraining:
     ):
         _check_ball(radius, steps, per, weight=weight)
         self.radius, self.weight, self.steps, self.symmetric = radius, weight, steps, symmetric
-        self.per, self.loss, self.special = per, loss, special
+        self.per, self.loss, self.special, self.units = per, loss, special, 2 * steps + 6
 
     @classmethod
     def vat(cls, radius: float, weight: float = 1.0, **options) -> "SmoothnessTraining":  # parameters as above

@@ -10,7 +10,7 @@ __all__ = ['RobustObjective', 'AdversarialTraining', 'TRADES', 'boosted_cross_en
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from statistics import median
@@ -416,9 +416,9 @@ class _Products(TorchDispatchMode):
 
 
 def cost_meter(
-    objectives: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]],  # by name; the first is compared with
+    objectives: dict[str, Callable[[nn.Module, Any, Tensor], Tensor]],  # by name; the first is compared with
     model: nn.Module,  # gives logits (batch, class); a copy of it is used, and copies of the objectives
-    input: Tensor,  # inputs (batch, ...), as many as in a batch of training
+    input: Tensor | Mapping[str, Tensor],  # inputs (batch, ...), as many as in a batch of training
     target: Tensor,  # true classes (batch,)
     rounds: int = 5,  # in which each objective takes its turn
 ) -> pd.DataFrame:  # a row an objective; columns predicted, counted, seconds, predicted_ratio, measured_ratio
