@@ -512,7 +512,7 @@ def _at_random(seen: _Examined, rows: Tensor, points: int) -> Tensor:
         if len(left) == 0:
             break
         x = seen.x[rows[left]]
-        for draws in torch.arange(start, min(start + 200, points)).split(max(1, 2_000_000 // max(1, x.numel()))):
+        for draws in torch.arange(start, min(start + 200, points)).split(max(1, 400_000 // max(1, x.numel()))):
             changes = [_random_change(x, climb.eps, climb.norm, climb.seed, draw) for draw in draws.tolist()]
             tried = (x + torch.stack(changes)).clamp(*climb.bounds).flatten(0, 1)
             misread = seen.misread(tried, rows[left].repeat(len(draws)))
