@@ -283,7 +283,17 @@ def test_mixed_precision_changes_nothing_else():
     long = MixedPrecision(objective, torch.float32)
     model, (x, y) = network().eval(), data()
     assert torch.equal(long(model, x, y), objective(model, x, y)) and long.units == 7 and MixedPrecision(supervised(cross_entropy)).units == 3
-    assert copy.deepcopy(long).objective is not None
+    class Counting:
+        calls = 0
+
+        def __call__(self, model, input, target):
+            self.calls += 1
+            return objective(model, input, target)
+
+    first = MixedPrecision(Counting())
+    second = copy.deepcopy(first)
+    second(model, x, y)
+    assert (first.objective.calls, second.objective.calls) == (0, 1)  # a copy has a state of its own, as `cost_meter` needs it
     plain, mixed = (fit(network(), batches(), epochs=5, objective=each, device="cpu").frame["train_loss"].tolist() for each in (None, MixedPrecision(supervised(cross_entropy), torch.bfloat16)))
     assert mixed == pytest.approx(plain, rel=0.01) and mixed != plain and mixed[-1] < mixed[0]
     with pytest.raises(ValueError, match="dtype is torch.float16; allowed are torch.bfloat16, torch.float32 and None"):

@@ -1193,7 +1193,7 @@ def _frozen(model: nn.Module) -> nn.Module:
 
 
 def _folded(model: nn.Module, x: Tensor) -> nn.Module:
-    "The same, in evaluation mode, each BatchNorm folded into the convolution before it where that can be done."
+    "Such a copy, in evaluation mode, each BatchNorm folded into the convolution before it where that can be done."
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         try:
             folded = fuse(_frozen(model), inplace=True)

@@ -299,8 +299,8 @@ def _climbed(
 class EmbeddingTraining:
     """An objective for `training.fit`: the loss of a text whose embeddings are moved against it.
 
-    `objective(model, input, target)` gives a scalar. Dropout is the same in all passes of a batch (Zhu et al. 2020,
-    section 3.3); padding and special tokens stay as they are. Random starts are drawn from torch's global random state.
+    `objective(model, input, target)` gives a scalar, in `units` passes. Dropout is the same in all of them (Zhu et al.
+    2020, section 3.3); padding and special tokens stay as they are. Random starts come from torch's global state.
     """
 
     def __init__(
@@ -355,8 +355,8 @@ class EmbeddingTraining:
 class SmoothnessTraining:
     """An objective for `training.fit`: the loss, and how far moved embeddings change what the model says.
 
-    `objective(model, input, target)` gives a scalar. Dropout is the same in all passes of a batch; padding and special
-    tokens stay as they are.
+    `objective(model, input, target)` gives a scalar, in `units` passes. Dropout is the same in all of them; padding and
+    special tokens stay as they are.
     """
 
     def __init__(
