@@ -1,4 +1,5 @@
 """Chapter 5 on real tables, as an analyst runs it: small samples, one epoch."""
+
 import pandas as pd
 import pytest
 
@@ -8,31 +9,85 @@ from bigmodel_nb.headless.run import RunFailed, run
 
 
 def test_banking_with_a_given_test_file(real_data, tmp_path):
-    done = run("adapting/finetune", out=tmp_path / "run", data=real_data / "banking77" / "train.csv", test=real_data / "banking77" / "test.csv",
-               label="category", epochs=1, max_rows=500, learning_rate=1e-4)
-    assert done.metrics["rows"]["classes"] == 77 and done.metrics["rows"]["left_out"] > 9000
-    assert done.metrics["accuracy_frozen_encoder"]["value"] > 0.5 > 0.2 > done.metrics["accuracy_majority"]["value"]
+    done = run(
+        "adapting/finetune",
+        out=tmp_path / "run",
+        data=real_data / "banking77" / "train.csv",
+        test=real_data / "banking77" / "test.csv",
+        label="category",
+        epochs=1,
+        max_rows=500,
+        learning_rate=1e-4,
+    )
+    assert (
+        done.metrics["rows"]["classes"] == 77
+        and done.metrics["rows"]["left_out"] > 9000
+    )
+    assert (
+        done.metrics["accuracy_frozen_encoder"]["value"]
+        > 0.5
+        > 0.2
+        > done.metrics["accuracy_majority"]["value"]
+    )
     classifier = TextClassifier.from_pretrained(tmp_path / "run" / "model")
     assert len(classifier.labels) == 77
-    assert classifier.predict(["Where is my card? It should have come last week."])["label"][0] in ("card_arrival", "card_delivery_estimate", "lost_or_stolen_card")
+    assert classifier.predict(["Where is my card? It should have come last week."])[
+        "label"
+    ][0] in ("card_arrival", "card_delivery_estimate", "lost_or_stolen_card")
 
 
 def test_phrasebank_in_its_own_encoding(real_data, tmp_path):
-    options = dict(data=real_data / "financial_phrasebank" / "Sentences_50Agree.txt", text="0", label="1", header=False, delimiter="@", epochs=1, max_rows=300)
-    done = run("adapting/finetune", options | {"encoding": "latin-1"}, out=tmp_path / "run")
-    assert done.metrics["rows"]["classes"] == 3 and done.metrics["accuracy_frozen_encoder"]["low"] > 0.5
+    options = dict(
+        data=real_data / "financial_phrasebank" / "Sentences_50Agree.txt",
+        text="0",
+        label="1",
+        header=False,
+        delimiter="@",
+        epochs=1,
+        max_rows=300,
+    )
+    done = run(
+        "adapting/finetune", options, out=tmp_path / "run"
+    )  # the encoding is found
+    assert (
+        done.metrics["rows"]["classes"] == 3
+        and done.metrics["accuracy_frozen_encoder"]["low"] > 0.5
+    )
     with pytest.raises(RunFailed, match="was read as utf-8 and is not"):
-        run("adapting/finetune", options, out=tmp_path / "other")
+        run(
+            "adapting/finetune", options | {"encoding": "utf-8"}, out=tmp_path / "other"
+        )
 
 
 def test_chinese_hotel_reviews_run(real_data, tmp_path):
     table = real_data / "chnsenticorp_hotel" / "ChnSentiCorp_htl_all.csv"
-    done = run("adapting/finetune", {"data": table, "text": "review", "epochs": 1, "max_rows": 150, "max_length": 48}, out=tmp_path / "run")
-    assert done.metrics["rows"]["classes"] == 2 and 0 < done.metrics["accuracy_fine_tuned"]["value"] <= 1
+    done = run(
+        "adapting/finetune",
+        {
+            "data": table,
+            "text": "review",
+            "epochs": 1,
+            "max_rows": 150,
+            "max_length": 48,
+        },
+        out=tmp_path / "run",
+    )
+    assert (
+        done.metrics["rows"]["classes"] == 2
+        and 0 < done.metrics["accuracy_fine_tuned"]["value"] <= 1
+    )
 
 
 def test_counting_letters_reads_chinese(real_data):
-    rows = text_rows(read_table(real_data / "chnsenticorp_hotel" / "ChnSentiCorp_htl_all.csv", as_text=True), "review", "label")
+    rows = text_rows(
+        read_table(
+            real_data / "chnsenticorp_hotel" / "ChnSentiCorp_htl_all.csv", as_text=True
+        ),
+        "review",
+        "label",
+    )
     split = split_texts(rows, max_rows=1500)
     found = tfidf_baseline(split).predict(split.test["text"])
-    assert (found == split.test["target"]).mean() > 0.75 and isinstance(split.test, pd.DataFrame)
+    assert (found == split.test["target"]).mean() > 0.75 and isinstance(
+        split.test, pd.DataFrame
+    )
