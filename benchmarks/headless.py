@@ -1,8 +1,10 @@
-"""Warm forked kernels against papermill's Python API with the ordinary kernel, on a notebook that imports torch.
+"""Warm forked kernels against papermill's Python API with the ordinary kernel.
 
-Prints two ratios of medians, measured in turns in one run: the time of one notebook, and of six notebooks on two workers
-(threads of this process) against six runs one after the other.
+The notebook imports torch. Prints two ratios of medians, measured in turns in one run:
+the time of one notebook, and of six notebooks on two workers (threads of this process)
+against six runs one after the other.
 """
+
 import argparse
 import os
 import shutil
@@ -20,7 +22,9 @@ from nbformat.v4 import new_code_cell, new_notebook
 from bigmodel_nb.headless import kernel
 from bigmodel_nb.headless.run import run
 
-NOTEBOOK = new_notebook(cells=[new_code_cell("import torch"), new_code_cell("torch.arange(4).sum().item()")])
+NOTEBOOK = new_notebook(
+    cells=[new_code_cell("import torch"), new_code_cell("torch.arange(4).sum().item()")]
+)
 
 
 def seconds(work) -> float:
@@ -31,7 +35,10 @@ def seconds(work) -> float:
 
 @contextmanager
 def quiet():
-    """What a kernel says to this terminal, such as that its sockets are not encrypted, goes nowhere."""
+    """What a kernel says to this terminal goes nowhere.
+
+    It says, for instance, that its sockets are not encrypted.
+    """
     terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -52,7 +59,12 @@ def main() -> None:
 
     def theirs() -> None:
         with quiet():
-            papermill.execute_notebook(str(path), str(folder / f"{next(count)}.ipynb"), kernel_name="python3", progress_bar=False)
+            papermill.execute_notebook(
+                str(path),
+                str(folder / f"{next(count)}.ipynb"),
+                kernel_name="python3",
+                progress_bar=False,
+            )
 
     def ours() -> None:
         assert run(str(path), out=folder / f"run{next(count)}").status == "ok"
@@ -65,13 +77,19 @@ def main() -> None:
         for _ in range(6):
             theirs()
 
-    loading = seconds(lambda: kernel.warm({**os.environ, "TQDM_DISABLE": "1"}))
+    loading = seconds(lambda: kernel.warm())
     print(f"the zygote's own start, once to a process: {loading:.1f} s")
-    for name, slow, fast in (("one notebook", theirs, ours), ("six notebooks on two workers", six_theirs, six_ours)):
+    for name, slow, fast in (
+        ("one notebook", theirs, ours),
+        ("six notebooks on two workers", six_theirs, six_ours),
+    ):
         slow(), fast()  # the first of each fills the caches
         turns = [(seconds(slow), seconds(fast)) for _ in range(repeats)]
         before, after = (statistics.median(column) for column in zip(*turns))
-        print(f"{name}: papermill's API {before:.2f} s, forked kernels {after:.2f} s, {before / after:.1f} times faster")
+        print(
+            f"{name}: papermill's API {before:.2f} s, forked kernels {after:.2f} s,"
+            f" {before / after:.1f} times faster"
+        )
     shutil.rmtree(folder)
 
 
