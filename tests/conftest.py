@@ -1,4 +1,5 @@
-"""What every test stands on: no network, no hub, the same number of threads, the folder of real data."""
+"""What every test stands on: no network, no hub, one number of threads, real data."""
+
 import os
 import signal
 import sys
@@ -10,10 +11,15 @@ import psutil
 import pytest
 
 OFFLINE = Path(__file__).parent / "offline"
-MARK = os.environ["BIGMODEL_TESTS"] = str(uuid.uuid4())  # what these tests start inherits it
+# what these tests start inherits it
+MARK = os.environ["BIGMODEL_TESTS"] = str(uuid.uuid4())
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["PYTHONPATH"] = os.pathsep.join([str(OFFLINE), *filter(None, [os.environ.get("PYTHONPATH")])])
-os.environ["PYTHONWARNINGS"] = "ignore"  # of kernels that tests start; pytest has its own filter
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(OFFLINE), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+os.environ["PYTHONWARNINGS"] = (
+    "ignore"  # of kernels that tests start; pytest has its own filter
+)
 sys.path.insert(0, str(OFFLINE))
 import sitecustomize  # noqa: E402, F401  (the interpreter may have loaded another one before)
 
@@ -24,12 +30,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def started_here() -> list[psutil.Process]:
-    """The living processes that these tests started, wherever they are now in the tree of processes."""
+    """The living processes that these tests started, wherever they are in the tree."""
     found = []
     for process in psutil.process_iter():
         try:
-            ours = process.environ().get("BIGMODEL_TESTS") == MARK and process.status() != psutil.STATUS_ZOMBIE
-            if ours and "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):  # Python's own helper
+            ours = (
+                process.environ().get("BIGMODEL_TESTS") == MARK
+                and process.status() != psutil.STATUS_ZOMBIE
+            )
+            helper = "multiprocessing.resource_tracker"  # Python's own
+            if ours and helper not in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
             continue
@@ -46,7 +56,9 @@ def nothing_is_left():
     end = time.monotonic() + 15
     while (left := started_here()) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not left, f"left behind: {[' '.join(process.cmdline())[:200] for process in left]}"
+    assert not left, (
+        f"left behind: {[' '.join(process.cmdline())[:200] for process in left]}"
+    )
 
 
 @pytest.fixture
@@ -55,7 +67,9 @@ def real_data() -> Path:
     if not os.environ.get("BIGMODEL_DATA"):
         pytest.skip("BIGMODEL_DATA is not set: it names a folder of real data sets")
     folder = Path(os.environ["BIGMODEL_DATA"])
-    assert folder.is_dir(), f"BIGMODEL_DATA is {str(folder)!r}, and there is no such folder"
+    assert folder.is_dir(), (
+        f"BIGMODEL_DATA is {str(folder)!r}, and there is no such folder"
+    )
     return folder
 
 
@@ -68,7 +82,10 @@ def workshop(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C as in a terminal, even where the tests themselves were started in the background, which ignores it."""
+    """Ctrl-C as in a terminal, even where the tests were started in the background.
+
+    What is started there ignores it.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

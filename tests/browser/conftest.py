@@ -1,4 +1,9 @@
-"""What the browser tests stand on: the system's Chromium; on loopback a JupyterLab with a copy of the notebooks, and the site."""
+"""What the browser tests stand on.
+
+The system's Chromium; on loopback a JupyterLab with a copy of the notebooks, and the
+site.
+"""
+
 import asyncio
 import fcntl
 import json
@@ -23,26 +28,37 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-           "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost")
+OPTIONS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
+)
 ARTEFACTS = Path(__file__).parent / "artefacts"
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "docmanager-extension/plugin": {"autosave": False},
-    "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are in the page too
+    # cells out of sight are in the page too
+    "notebook-extension/tracker": {"windowingMode": "none"},
 }
 
 
 @pytest.fixture(scope="session")
 def started():
     """The browser, and the event loop in which Playwright runs it."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api",
+        reason="Playwright is not installed: pip install playwright",
+    )
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not found:
         pytest.skip(f"no browser was found on PATH: looked for {', '.join(BROWSERS)}")
     ARTEFACTS.mkdir(exist_ok=True)
     with sync_api.sync_playwright() as playwright:
-        browser, loop = playwright.chromium.launch(executable_path=found, args=OPTIONS), asyncio.get_running_loop()
+        browser = playwright.chromium.launch(executable_path=found, args=OPTIONS)
+        loop = asyncio.get_running_loop()
         asyncio._set_running_loop(None)
         yield browser, loop
         asyncio._set_running_loop(loop)
@@ -57,7 +73,10 @@ def chromium(started):
 
 @pytest.fixture(autouse=True)
 def loop_of_playwright(started):
-    """Playwright's loop counts as running only within a browser test: others in this process run loops of their own."""
+    """Playwright's loop counts as running only within a browser test.
+
+    Others in this process run loops of their own.
+    """
     asyncio._set_running_loop(started[1])
     yield
     asyncio._set_running_loop(None)
@@ -66,6 +85,7 @@ def loop_of_playwright(started):
 @dataclass
 class Lab:
     """A JupyterLab server."""
+
     address: str  # http://127.0.0.1:PORT
     token: str
     root: Path  # the folder that it shows
@@ -73,13 +93,20 @@ class Lab:
 
     def ask(self, path: str, method: str = "GET"):
         """The server's answer to a request of its REST interface."""
-        request = Request(f"{self.address}/api/{path}", method=method, headers={"Authorization": f"token {self.token}"})
+        request = Request(
+            f"{self.address}/api/{path}",
+            method=method,
+            headers={"Authorization": f"token {self.token}"},
+        )
         with urlopen(request, timeout=20) as answer:
             text = answer.read()
         return json.loads(text) if text else None
 
     def write(self, path: str, notebook: nbformat.NotebookNode) -> str:
-        """Put a notebook without its outputs into the server's folder: what is seen later was made here; its path."""
+        """Put a notebook without its outputs into the server's folder; its path.
+
+        So what is seen later was made here.
+        """
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
@@ -109,28 +136,55 @@ def where_it_answers(process: subprocess.Popen, runtime: Path, log: Path) -> dic
             except (OSError, ValueError):  # it listens in a moment
                 pass
         time.sleep(0.1)
-    raise AssertionError(f"JupyterLab did not start: {log.read_text(encoding='utf-8')[-2000:]}")
+    raise AssertionError(
+        f"JupyterLab did not start: {log.read_text(encoding='utf-8')[-2000:]}"
+    )
 
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
-    """JupyterLab with settings of its own, on a copy of the notebooks without their outputs."""
+    """JupyterLab with settings of its own, on a copy of the notebooks, no outputs."""
     from bigmodel_nb.headless.cli import copy_notebooks
 
     place = tmp_path_factory.mktemp("lab")
-    root, progress, runtime, log = place / "notebooks", place / "progress", place / "runtime", place / "log.txt"
+    root = place / "notebooks"
+    progress = place / "progress"
+    runtime = place / "runtime"
+    log = place / "log.txt"
     copy_notebooks(root)
     for name, values in SETTINGS.items():
         path = place / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values), encoding="utf-8")
-    folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython",
-               "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
-    environment = {**os.environ, **{name: str(place / folder) for name, folder in folders.items()}, "BIGMODEL_PROGRESS": str(progress)}
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
-               f"--ServerApp.port={free_port()}", f"--IdentityProvider.token={os.urandom(16).hex()}", f"--ServerApp.root_dir={root}"]
+    folders = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+    }
+    environment = {
+        **os.environ,
+        **{name: str(place / folder) for name, folder in folders.items()},
+        "BIGMODEL_PROGRESS": str(progress),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter",
+        "lab",
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={free_port()}",
+        f"--IdentityProvider.token={os.urandom(16).hex()}",
+        f"--ServerApp.root_dir={root}",
+    ]
     with open(log, "w", encoding="utf-8") as said:
-        process = subprocess.Popen(command, cwd=root, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=root, env=environment, stdout=said, stderr=subprocess.STDOUT
+        )
     try:
         found = where_it_answers(process, runtime, log)
         server = Lab(found["url"].rstrip("/"), found["token"], root, progress)
@@ -147,8 +201,10 @@ def lab(tmp_path_factory):
 
 @pytest.fixture
 def page(chromium, lab, request):
-    """A tab of its own that has reached for nothing but this machine; a picture of it is kept."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
+    """A tab of its own that reached for nothing but this machine; a picture is kept."""
+    context = chromium.new_context(
+        viewport={"width": 1280, "height": 900}, reduced_motion="reduce"
+    )
     foreign = []
 
     def note(asked):
@@ -159,7 +215,9 @@ def page(chromium, lab, request):
     context.on("request", note)
     tab = context.new_page()
     yield tab
-    name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name).strip("-")
+    name = "".join(
+        letter if letter.isalnum() else "-" for letter in request.node.name
+    ).strip("-")
     tab.screenshot(path=ARTEFACTS / f"{name}.png")
     context.close()
     for session in lab.ask("sessions"):
@@ -212,7 +270,11 @@ def site(tmp_path_factory):
     with open(shared / "course.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "index.html").exists():
-            made = subprocess.run([sys.executable, str(ROOT / "docs" / "make_site.py"), str(folder)], capture_output=True, text=True)
+            made = subprocess.run(
+                [sys.executable, str(ROOT / "docs" / "make_site.py"), str(folder)],
+                capture_output=True,
+                text=True,
+            )
             assert made.returncode == 0, made.stdout + made.stderr
     with serve(folder) as served:
         yield served

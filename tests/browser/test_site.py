@@ -1,4 +1,5 @@
 """The course as a site: every page in a browser, in light and dark and on a phone."""
+
 import base64
 import html.parser
 import io
@@ -20,21 +21,39 @@ from bigmodel_nb.kit.exercises import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ARTEFACTS = Path(__file__).parent / "artefacts"
-NOTEBOOKS = {path.relative_to(ROOT / "nbs").with_suffix(".html").as_posix(): name
-             for name, path in catalogue().items()}
-MODULES = {f"api/{'.'.join(path.relative_to(ROOT / 'bigmodel_nb').with_suffix('').parts)}.html": path
-           for path in sorted((ROOT / "bigmodel_nb").glob("*/*.py")) if path.name != "__init__.py"}
-OTHERS = ["index.html", "CONTRIBUTING.html", "api/index.html", "genindex.html", "search.html"]
-RULES = {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
+NOTEBOOKS = {
+    path.relative_to(ROOT / "nbs").with_suffix(".html").as_posix(): name
+    for name, path in catalogue().items()
+}
+MODULES = {
+    f"api/{'.'.join(path.relative_to(ROOT).with_suffix('').parts[1:])}.html": path
+    for path in sorted((ROOT / "bigmodel_nb").glob("*/*.py"))
+    if path.name != "__init__.py"
+}
+OTHERS = [
+    "index.html",
+    "glossary.html",
+    "CONTRIBUTING.html",
+    "api/index.html",
+    "genindex.html",
+    "search.html",
+]
+RULES = {
+    "type": "tag",
+    "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"],
+}
 CONTRAST = {"type": "rule", "values": ["color-contrast"]}
-# It need not fetch the style sheets anew: no rule above reads them, and it looks for an imported one in a wrong place.
+# It need not fetch the style sheets anew: no rule above reads them, and it looks for
+# an imported one in a wrong place.
 AXE = {"resultTypes": ["violations"], "preload": False}
-# Contrast takes axe-core most of a minute on a page with thousands of coloured words of code. A word's colour hangs on its
-# kind alone, so one word of each kind stays, and the others become plain text.
+# Contrast takes axe-core most of a minute on a page with thousands of coloured words of
+# code. A word's colour hangs on its kind alone, so one word of each kind stays, and the
+# others become plain text.
 ONE_OF_EACH = """() => {
   const seen = new Set()
   for (const word of document.querySelectorAll('pre span, code span, .sig span')) {
-    const kind = word.className + ' in ' + word.closest('.cell_input, .cell_output, .highlight, .sig, code')?.className
+    const around = word.closest('.cell_input, .cell_output, .highlight, .sig, code')
+    const kind = word.className + ' in ' + around?.className
     if (seen.has(kind)) word.replaceWith(...word.childNodes)
     seen.add(kind)
   }
@@ -45,9 +64,11 @@ DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 @contextmanager
 def opened(chromium, address: str, page: str = "index.html", **options):
-    """A tab with one page; afterwards nothing has gone wrong in it, and nobody else was asked for anything."""
+    """A tab with one page; in the end nothing went wrong, and nobody else was asked."""
     wrong = []
-    context = chromium.new_context(**{"viewport": DESK, "reduced_motion": "reduce", **options})
+    context = chromium.new_context(
+        **{"viewport": DESK, "reduced_motion": "reduce", **options}
+    )
     context.set_default_timeout(60_000)
     tab = context.new_page()
 
@@ -55,13 +76,28 @@ def opened(chromium, address: str, page: str = "index.html", **options):
         if bad:
             wrong.append(what)
 
-    tab.on("console", lambda said: note(said.type in ("error", "warning"), f"console: {said.text}"))
+    tab.on(
+        "console",
+        lambda said: note(said.type in ("error", "warning"), f"console: {said.text}"),
+    )
     tab.on("pageerror", lambda error: note(True, f"script: {error}"))
-    # What the browser itself gave up, such as an icon still on its way when the page is left, is no failure.
-    tab.on("requestfailed", lambda asked: note(asked.failure != "net::ERR_ABORTED", f"failed: {asked.url} ({asked.failure})"))
-    tab.on("response", lambda came: note(came.status >= 400, f"{came.status}: {came.url}"))
+    # What the browser itself gave up is no failure: an icon, for instance, that was
+    # still on its way when the page is left.
+    tab.on(
+        "requestfailed",
+        lambda asked: note(
+            asked.failure != "net::ERR_ABORTED",
+            f"failed: {asked.url} ({asked.failure})",
+        ),
+    )
+    tab.on(
+        "response", lambda came: note(came.status >= 400, f"{came.status}: {came.url}")
+    )
     ours = (address, "data:", "about:")
-    tab.on("request", lambda asked: note(not asked.url.startswith(ours), f"foreign: {asked.url}"))
+    tab.on(
+        "request",
+        lambda asked: note(not asked.url.startswith(ours), f"foreign: {asked.url}"),
+    )
     try:
         tab.goto(address + page)
         yield tab
@@ -78,16 +114,27 @@ def violations(tab) -> list[str]:
     found = []
     for look, rules in {"light": RULES, "dark": CONTRAST}.items():
         tab.emulate_media(color_scheme=look)
-        tab.wait_for_function("look => document.documentElement.dataset.theme === look", arg=look)
-        for rule in Axe().run(tab, options={"runOnly": rules, **AXE}).response["violations"]:
-            found += [f"{look}: {rule['id']}: {node['html'][:150]} {node['failureSummary']}" for node in rule["nodes"]]
+        tab.wait_for_function(
+            "look => document.documentElement.dataset.theme === look", arg=look
+        )
+        for rule in (
+            Axe().run(tab, options={"runOnly": rules, **AXE}).response["violations"]
+        ):
+            found += [
+                f"{look}: {rule['id']}: {node['html'][:150]} {node['failureSummary']}"
+                for node in rule["nodes"]
+            ]
     return found
 
 
 def formulas(markdown: str) -> int:
     """How many formulas a text in Markdown holds."""
-    prose = re.sub(r"^```.*?^```|`[^`]+`|\\\$", "", markdown, flags=re.MULTILINE | re.DOTALL)
-    blocks = re.findall(r"\$\$.+?\$\$|\\begin\{(\w+\*?)\}.+?\\end\{\1\}", prose, flags=re.DOTALL)
+    prose = re.sub(
+        r"^```.*?^```|`[^`]+`|\\\$", "", markdown, flags=re.MULTILINE | re.DOTALL
+    )
+    blocks = re.findall(
+        r"\$\$.+?\$\$|\\begin\{(\w+\*?)\}.+?\\end\{\1\}", prose, flags=re.DOTALL
+    )
     inline = re.sub(r"\$\$.+?\$\$", "", prose, flags=re.DOTALL)
     return len(blocks) + len(re.findall(r"\$(?!\s)[^$]+?(?<!\s)\$(?!\d)", inline))
 
@@ -95,11 +142,16 @@ def formulas(markdown: str) -> int:
 def shown(notebook) -> Counter:
     """What a page must show of a notebook."""
     cells = [cell for cell in notebook.cells if not cell.source.startswith("#| hide")]
-    outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    outputs = [
+        output.get("data", {}) for cell in cells for output in cell.get("outputs", [])
+    ]
     prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
     prose += [data.get("text/markdown", "") for data in outputs]
-    return Counter(math=sum(map(formulas, prose)), pictures=sum("image/png" in data for data in outputs),
-                   tables=sum(data.get("text/html", "").count("<table") for data in outputs))
+    return Counter(
+        math=sum(map(formulas, prose)),
+        pictures=sum("image/png" in data for data in outputs),
+        tables=sum(data.get("text/html", "").count("<table") for data in outputs),
+    )
 
 
 COUNT = """() => {
@@ -108,11 +160,18 @@ COUNT = """() => {
   const prose = article.cloneNode(true);
   prose.querySelectorAll('pre, code, table, iframe').forEach(each => each.remove());
   return {
-    math: all('math').length, pictures: all('img').length, tables: all('.cell_output table').length,
+    math: all('math').length,
+    pictures: all('img').length,
+    tables: all('.cell_output table').length,
     flat: all('math').filter(each => !each.getBoundingClientRect().height).length,
     raw: (prose.textContent.match(/\\$\\$|\\\\frac|\\\\sum|\\\\begin/g) || []).length,
-    unreadable: all('merror').length, diagrams: all('.mermaid, .language-mermaid, .highlight-mermaid').length,
-    silent: all('img:not([alt]), img[alt=""]').length, broken: all('img').filter(each => !each.naturalWidth).length,
+    unreadable: all('merror').length,
+    diagrams: all('.mermaid, .language-mermaid, .highlight-mermaid').length,
+    silent: all('img:not([alt]), img[alt=""]').length,
+    broken: all('img').filter(each => !each.naturalWidth).length,
+    cut: all('.highlight pre')
+      .filter(each => !each.closest('.cell_output'))
+      .filter(each => each.scrollWidth > each.clientWidth + 1).length,
     directives: all('pre').filter(each => /^#\\|/m.test(each.textContent)).length,
   }
 }"""
@@ -121,32 +180,51 @@ COUNT = """() => {
 @pytest.mark.parametrize("page", [*OTHERS, *NOTEBOOKS, *MODULES])
 def test_page(chromium, site, page):
     with opened(chromium, site.address, page) as tab:
-        tab.evaluate("document.querySelectorAll('article details').forEach(fold => fold.open = true)")
+        tab.evaluate(
+            "document.querySelectorAll('article details')"
+            ".forEach(fold => fold.open = true)"
+        )
         found = Counter(tab.evaluate(COUNT))
-        content = Counter({kind: found.pop(kind) for kind in ("math", "pictures", "tables")})
+        content = Counter(
+            {kind: found.pop(kind) for kind in ("math", "pictures", "tables")}
+        )
         assert not +found, "nothing is wrong with what is shown"
         if page in NOTEBOOKS:
-            assert content == shown(nbformat.read(catalogue()[NOTEBOOKS[page]], as_version=4)), "nothing is missing"
+            assert content == shown(
+                nbformat.read(catalogue()[NOTEBOOKS[page]], as_version=4)
+            ), "nothing is missing"
         assert not violations(tab)
         tab.set_viewport_size(PHONE)
-        assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], "the page scrolls sideways"
+        assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], (
+            "the page scrolls sideways"
+        )
 
 
 def pages_of(site) -> list[Path]:
-    return [path for path in site.folder.rglob("*.html") if "_static" not in path.parts]  # the theme's templates
+    # the theme's templates
+    return [path for path in site.folder.rglob("*.html") if "_static" not in path.parts]
 
 
 def test_every_page_is_visited(site):
-    assert {path.relative_to(site.folder).as_posix() for path in pages_of(site)} == {*OTHERS, *NOTEBOOKS, *MODULES}
+    assert {path.relative_to(site.folder).as_posix() for path in pages_of(site)} == {
+        *OTHERS,
+        *NOTEBOOKS,
+        *MODULES,
+    }
 
 
 @pytest.mark.parametrize("look", ["light", "dark", "phone"])
-@pytest.mark.parametrize("page", ["index.html", "02_foundations/01_losses.html", "api/robust.attacks.html"])
+@pytest.mark.parametrize(
+    "page", ["index.html", "02_foundations/01_losses.html", "api/robust.attacks.html"]
+)
 def test_screenshots(chromium, site, page, look):
     ARTEFACTS.mkdir(exist_ok=True)
     options = {"viewport": PHONE} if look == "phone" else {"color_scheme": look}
     with opened(chromium, site.address, page, **options) as tab:
-        file = ARTEFACTS / f"site-{page.removesuffix('.html').replace('/', '-')}-{look}.png"
+        file = (
+            ARTEFACTS
+            / f"site-{page.removesuffix('.html').replace('/', '-')}-{look}.png"
+        )
         tab.screenshot(path=file, full_page=True)
         assert file.stat().st_size > 20_000
 
@@ -154,9 +232,16 @@ def test_screenshots(chromium, site, page, look):
 def test_map_leads_to_every_notebook(chromium, site):
     with opened(chromium, site.address, viewport=PHONE) as tab:
         rooms = tab.locator(".house a")
-        assert sorted(rooms.evaluate_all("all => all.map(each => each.getAttribute('href'))")) == sorted(NOTEBOOKS)
-        boxes = rooms.evaluate_all("all => all.map(each => each.getBoundingClientRect().toJSON())")
-        assert all(box["height"] >= 24 and box["left"] >= 0 and box["right"] <= PHONE["width"] for box in boxes)
+        assert sorted(
+            rooms.evaluate_all("all => all.map(each => each.getAttribute('href'))")
+        ) == sorted(NOTEBOOKS)
+        boxes = rooms.evaluate_all(
+            "all => all.map(each => each.getBoundingClientRect().toJSON())"
+        )
+        assert all(
+            box["height"] >= 24 and box["left"] >= 0 and box["right"] <= PHONE["width"]
+            for box in boxes
+        )
         text = tab.locator("article").inner_text()
         for name in catalogue():
             said = declaration(name)
@@ -167,23 +252,44 @@ def test_notebook_and_module_lead_to_each_other(chromium, site):
     with opened(chromium, site.address, "06_robust/01_attacks.html") as tab:
         tab.get_by_role("link", name="bigmodel_nb.robust.attacks").click()
         tab.wait_for_url("**/api/robust.attacks.html")
-        tab.locator("article").get_by_role("link", name=declaration("robust/attacks").title).click()
+        tab.locator("article").get_by_role(
+            "link", name=declaration("robust/attacks").title
+        ).click()
         tab.wait_for_url("**/06_robust/01_attacks.html")
 
 
 def test_module_page_says_what_the_source_says(chromium, site):
     cells = "all => all.map(row => [...row.cells].map(cell => cell.innerText.trim()))"
     with opened(chromium, site.address, "api/foundations.losses.html") as tab:
-        entry = tab.locator("dl.py.function", has=tab.locator("[id='bigmodel_nb.foundations.losses.log_softmax']"))
+        entry = tab.locator(
+            "dl.py.function",
+            has=tab.locator("[id='bigmodel_nb.foundations.losses.log_softmax']"),
+        )
         signature = re.sub(r"\s+", "", entry.locator("dt").first.inner_text())
-        assert signature.startswith("log_softmax(input:Tensor,dim:int=-1,temperature:float=1.0)→Tensor")
+        assert signature.startswith(
+            "log_softmax(input:Tensor,dim:int=-1,temperature:float=1.0)→Tensor"
+        )
         assert entry.locator("table tr").evaluate_all(cells)[1:] == [
-            ["input", "Tensor", "logits of any shape, floating"], ["dim", "int", "the dimension of the classes"],
-            ["temperature", "float", "divides the logits; above 1 it evens the probabilities out"],
-            ["returns", "Tensor", "the shape of input"]]
+            ["input", "Tensor", "logits of any shape, floating"],
+            ["dim", "int", "the dimension of the classes"],
+            [
+                "temperature",
+                "float",
+                "divides the logits; above 1 it evens probabilities out",
+            ],
+            ["returns", "Tensor", "the shape of input"],
+        ]
     with opened(chromium, site.address, "api/robust.attacks.html") as tab:
-        text = tab.locator("dl.py.class", has=tab.locator("[id='bigmodel_nb.robust.attacks.FGSM']")).inner_text()
+        text = tab.locator(
+            "dl.py.class", has=tab.locator("[id='bigmodel_nb.robust.attacks.FGSM']")
+        ).inner_text()
         assert "radius of the ball, in input units" in text and "__call__" in text
+    with opened(chromium, site.address, "api/headless.cli.html") as tab:
+        entry = tab.locator(
+            "dl.py.function", has=tab.locator("[id='bigmodel_nb.headless.cli.run']")
+        )
+        rows = entry.locator("table tr").evaluate_all(cells)
+        assert ["name", "str", "A notebook of the course, or a path."] in rows
 
 
 def test_search_finds_a_page(chromium, site):
@@ -193,7 +299,8 @@ def test_search_finds_a_page(chromium, site):
         tab.keyboard.press("Enter")
         result = tab.locator("#search-results li a").first
         result.wait_for()
-        tab.wait_for_load_state("networkidle")  # the list quotes the pages it found: leaving now would cut that off
+        # the list quotes the pages it found: leaving now would cut that off
+        tab.wait_for_load_state("networkidle")
         result.click()
         tab.wait_for_url(lambda url: "search.html" not in url)
         assert "softmax" in tab.locator("article").inner_text()
@@ -201,6 +308,7 @@ def test_search_finds_a_page(chromium, site):
 
 def test_switch_turns_the_page_dark_and_is_remembered(chromium, site):
     with opened(chromium, site.address, color_scheme="light") as tab:
+
         def ground() -> int:
             color = tab.evaluate("getComputedStyle(document.body).backgroundColor")
             return sum(map(int, re.findall(r"\d+", color)[:3]))
@@ -230,18 +338,26 @@ class _Links(html.parser.HTMLParser):
 
 
 def test_links_lead_somewhere(site):
-    pages = {path.relative_to(site.folder).as_posix(): _Links(path) for path in pages_of(site)}
+    pages = {
+        path.relative_to(site.folder).as_posix(): _Links(path)
+        for path in pages_of(site)
+    }
     lost, checked = [], 0
     for page, links in pages.items():
         for address in links.addresses:
-            if urlsplit(address).scheme:
-                assert urlsplit(address).scheme in ("https", "http", "data", "mailto"), address
+            if scheme := urlsplit(address).scheme:
+                assert scheme in ("https", "http", "data", "mailto"), address
                 continue
             target, anchor = urldefrag(urljoin(page, address))
             target = unquote(urlsplit(target).path) or page
             checked += 1
             found = (site.folder / target).is_file()
-            if not found or anchor and target in pages and unquote(anchor) not in pages[target].anchors:
+            if (
+                not found
+                or anchor
+                and target in pages
+                and unquote(anchor) not in pages[target].anchors
+            ):
                 lost.append(f"{page}: {address}")
     assert not lost
     assert checked > 1000
@@ -283,51 +399,100 @@ sys.exit(run_sphinx(folder / "source", folder / "site"))
 def built(folder: Path, *cells) -> subprocess.CompletedProcess:
     """A site of one page, made of a notebook with these cells."""
     (folder / "source").mkdir()
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(new_notebook(cells=list(cells), metadata=kernel), folder / "source" / "index.ipynb")
+    kernel = {
+        "kernelspec": {
+            "name": "python3",
+            "display_name": "Python 3",
+            "language": "python",
+        }
+    }
+    nbformat.write(
+        new_notebook(cells=list(cells), metadata=kernel),
+        folder / "source" / "index.ipynb",
+    )
     command = [sys.executable, "-c", BUILD, str(ROOT / "docs"), str(folder)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
 def picture(alt: str | None):
-    """The output of a cell that shows a widget: its first state as a picture beside it."""
+    """The output of a cell that shows a widget, with its first state as a picture."""
     dot = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(dot, "PNG")
     png = base64.b64encode(dot.getvalue()).decode()
-    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1", "version_major": 2, "version_minor": 0}}
-    return new_output("display_data", {"image/png": png, "text/plain": "Figure(700x300)", **widget},
-                      metadata={"image/png": {"alt": alt}} if alt else {})
+    widget = {
+        "application/vnd.jupyter.widget-view+json": {
+            "model_id": "1",
+            "version_major": 2,
+            "version_minor": 0,
+        }
+    }
+    return new_output(
+        "display_data",
+        {"image/png": png, "text/plain": "Figure(700x300)", **widget},
+        metadata={"image/png": {"alt": alt}} if alt else {},
+    )
 
 
 def test_folds_pictures_tags_and_records(chromium, serving, tmp_path):
-    record = new_output("display_data", {"application/scrapbook.scrap.json+json": {"name": "secret", "data": 1}},
-                        metadata={"scrapbook": {"name": "secret"}})
+    record = new_output(
+        "display_data",
+        {"application/scrapbook.scrap.json+json": {"name": "secret", "data": 1}},
+        metadata={"scrapbook": {"name": "secret"}},
+    )
     pictures = [picture("A “red” dot & [more]"), picture("Second")]
-    done = built(tmp_path, new_markdown_cell(FOLDS), new_code_cell("#| export\n#| hide_line\nvisible = 1"),
-                 new_code_cell("#| hide\nhidden = 1"), new_code_cell("record()", outputs=[record]),
-                 new_code_cell("tagged = 1", metadata={"tags": ["remove-input"]}, outputs=pictures))
+    done = built(
+        tmp_path,
+        new_markdown_cell(FOLDS),
+        new_code_cell("#| export\n#| hide_line\nvisible = 1"),
+        new_code_cell("#| hide\nhidden = 1"),
+        new_code_cell("record()", outputs=[record]),
+        new_code_cell(
+            "tagged = 1", metadata={"tags": ["remove-input"]}, outputs=pictures
+        ),
+    )
     assert done.returncode == 0, done.stderr
     with serving(tmp_path / "site") as site, opened(chromium, site.address) as tab:
         fold = tab.locator("article details")
         assert not fold.locator("math").first.is_visible()
         fold.locator("summary").click()
-        assert fold.locator("math").count() == 2 and fold.locator("math").last.is_visible()
-        assert fold.locator(".highlight .k").first.inner_text() == "def", "code is highlighted"
-        assert tab.locator("article a", has_text="Open it").count() == 1, "a badge is a link in words"
+        assert fold.locator("math").count() == 2
+        assert fold.locator("math").last.is_visible()
+        assert fold.locator(".highlight .k").first.inner_text() == "def", (
+            "code is highlighted"
+        )
+        assert tab.locator("article a", has_text="Open it").count() == 1, (
+            "a badge is a link in words"
+        )
         text = tab.locator("article").inner_text()
         assert "visible = 1" in text and "record()" in text
-        assert not [word for word in ("#|", "hidden = 1", "tagged = 1", "secret", "Figure(700x300)") if word in text]
-        alternatives = tab.locator("article img").evaluate_all("all => all.map(each => each.alt)")
+        assert not [
+            word
+            for word in ("#|", "hidden = 1", "tagged = 1", "secret", "Figure(700x300)")
+            if word in text
+        ]
+        alternatives = tab.locator("article img").evaluate_all(
+            "all => all.map(each => each.alt)"
+        )
         assert alternatives == ["A “red” dot & [more]", "Second"]
         assert not violations(tab)
         tab.evaluate("document.querySelector('article p').style.color = '#999'")
-        assert [each[:21] for each in violations(tab)] == ["light: color-contrast"], "grey on white is found"
+        assert [each[:21] for each in violations(tab)] == ["light: color-contrast"], (
+            "grey on white is found"
+        )
 
 
 def test_what_a_reader_would_miss_stops_the_build(tmp_path):
     prose = "# A page\n\n$\\frac{1}{$ and $\\nosuchsymbol{1}$, [nowhere](nowhere.ipynb)"
-    done = built(tmp_path, new_markdown_cell(prose), new_code_cell("draw()", outputs=[picture(None)]))
+    done = built(
+        tmp_path,
+        new_markdown_cell(prose),
+        new_code_cell("draw()", outputs=[picture(None)]),
+    )
     assert done.returncode != 0
-    for complaint in (r"cannot be shown: \frac{1}{", r"cannot be shown: \nosuchsymbol{1}", "nowhere.ipynb",
-                      "a picture without alternative text"):
+    for complaint in (
+        r"cannot be shown: \frac{1}{",
+        r"cannot be shown: \nosuchsymbol{1}",
+        "nowhere.ipynb",
+        "a picture without alternative text",
+    ):
         assert complaint in done.stderr
