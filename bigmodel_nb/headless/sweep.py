@@ -278,11 +278,13 @@ def _contents(path: Path) -> str:
     "A digest of a file; of a folder: the names, sizes and times of its files."
     if path.is_file():
         return _digest(path, path.stat().st_size, path.stat().st_mtime_ns)
-    seen = [
-        (str(each.relative_to(path)), each.stat().st_size, each.stat().st_mtime_ns)
-        for each in sorted(path.rglob("*"))
-        if each.is_file()
-    ]
+    walk = ((Path(parent), names) for parent, _, names in os.walk(path))
+    seen = []
+    for each in sorted(parent / name for parent, names in walk for name in names):
+        with suppress(OSError):  # it may go meanwhile
+            if each.is_file():
+                name, state = str(each.relative_to(path)), each.stat()
+                seen.append((name, state.st_size, state.st_mtime_ns))
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 # %% ../../nbs/10_headless/05_sweep.ipynb #fb812698

