@@ -4,16 +4,18 @@ import copy
 import functools
 import json
 import math
+import re
 import warnings
 from collections import UserDict, namedtuple
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from bigmodel_nb.data.sources import loader
 from bigmodel_nb.foundations.losses import cross_entropy
@@ -494,10 +496,98 @@ def test_mixed_precision_changes_nothing_else():
     )
     with pytest.raises(
         ValueError,
-        match="dtype is torch.float16; allowed are torch.bfloat16, torch.float32 and"
-        " None",
+        match="dtype is torch.float16; allowed are torch.bfloat16, torch.float32,"
+        " 'auto' and None",
     ):
         MixedPrecision(objective, torch.float16)
+
+
+def wide_network():
+    torch.manual_seed(0)
+    hidden = nn.Linear(1024, 1024)
+    return nn.Sequential(nn.Linear(4, 1024), nn.ReLU(), hidden, nn.Linear(1024, 3))
+
+
+def test_auto_takes_short_products_where_they_pay(monkeypatch):
+    monkeypatch.setattr(loop, "best_dtype", lambda device: torch.bfloat16)
+    rows = torch.randn(3, 512, 4), torch.randint(3, (3, 512))
+    chosen = {}
+    for precision in ("float32", "bfloat16", "auto"):
+        for name, make in (("narrow", network), ("wide", wide_network)):
+            torch.manual_seed(0)
+            history = fit(
+                make(), list(zip(*rows)), epochs=1, precision=precision, device="cpu"
+            )
+            chosen[name, precision] = history
+    assert chosen["narrow", "auto"].precision == "float32"
+    assert chosen["wide", "auto"].precision == "bfloat16"
+    long, short, auto = (
+        chosen["wide", each].batch_losses for each in ("float32", "bfloat16", "auto")
+    )
+    assert auto[0] == long[0] != short[0], "the first batch is counted in float32"
+    assert auto[1] != long[1]
+    narrow = (chosen["narrow", each].batch_losses for each in ("float32", "auto"))
+    assert len(set(map(tuple, narrow))) == 1
+    again = fit(
+        wide_network(), list(zip(*rows)), epochs=1, precision="auto", device="cpu"
+    )
+    assert again.batch_losses == auto, "repeats bit for bit"
+    by_objective = fit(
+        wide_network(),
+        list(zip(*rows)),
+        epochs=1,
+        objective=MixedPrecision(supervised(cross_entropy), torch.bfloat16),
+        device="cpu",
+    )
+    assert by_objective.batch_losses == short
+    assert by_objective.precision == "bfloat16"
+
+
+def test_auto_counts_nothing_where_there_are_no_short_products(monkeypatch):
+    monkeypatch.setattr(loop, "best_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(loop, "_Work", None)  # using it would fail
+    rows = torch.randn(1, 512, 4), torch.randint(3, (1, 512))
+    history = fit(wide_network(), zip(*rows), epochs=1, precision="auto", device="cpu")
+    assert history.precision == "float32"
+
+
+def test_work_is_counted_as_torch_does():
+    model, convolution = wide_network(), nn.Conv2d(1, 3, 3)
+    x, image = torch.randn(7, 4), torch.randn(2, 1, 8, 8)
+    work = loop._Work()
+    with FlopCounterMode(display=False) as counter:
+        model(x), convolution(image)
+    with work.of(model):
+        model(x)
+        wide_network()(x)  # another model is not counted
+    with work.of(convolution):
+        convolution(image)
+    assert work.flops == counter.get_total_flops() > 0
+    counted = work.operations  # views among them
+    assert counted >= 5  # three products, one ReLU, one convolution
+    assert work.elements == 7 * (3 * 1024 + 3) + 2 * 3 * 6 * 6
+    model(x)
+    assert work.operations == counted, "outside nothing is counted"
+
+
+@given(st.one_of(st.text(), st.integers(), st.none(), st.just("float16")))
+@settings(max_examples=30, deadline=None)
+def test_a_precision_that_there_is_not_is_named(precision):
+    assume(precision not in ("float32", "bfloat16", "auto"))
+    said = f"precision is {precision!r}; allowed are 'float32', 'bfloat16' and 'auto'"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        fit(network(), batches(), epochs=1, precision=precision)
+
+
+def test_a_model_that_fails_while_it_is_counted_is_left_as_it_was(monkeypatch):
+    monkeypatch.setattr(loop, "best_dtype", lambda device: torch.bfloat16)
+    model = nn.Linear(5, 3)  # the inputs have four features
+    with pytest.raises(RuntimeError):
+        fit(model, batches(), epochs=1, precision="auto", device="cpu")
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    work = loop._Work()
+    torch.ones(2) + 1
+    assert not work.operations
 
 
 def test_mixed_precision_takes_the_type_of_the_device(monkeypatch):

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -25,6 +25,8 @@ from IPython import get_ipython
 from IPython.display import Image, display
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 
 from ..foundations.losses import cross_entropy
@@ -418,6 +420,7 @@ class History:
     batch_losses: list[float] = field(default_factory=list)  # each before its step
     interrupted: bool = False  # Ctrl-C (or the notebook's stop button) ended it
     stop: bool = False  # set by a callback: ends the run, with a last row
+    precision: str = "float32"  # of the products in the last batch, or "bfloat16"
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -626,6 +629,17 @@ def _run(
         bar.close()
 
 # %% ../../nbs/04_training/01_loop.ipynb #31875a34
+def _in_precision(objective: Callable, precision: str) -> Callable:
+    "The objective, its products in `precision`. Raises `ValueError`."
+    if precision not in ("float32", "bfloat16", "auto"):
+        raise ValueError(
+            f"precision is {precision!r}; allowed are 'float32', 'bfloat16' and 'auto'"
+        )
+    if precision == "float32":
+        return objective
+    return MixedPrecision(objective, "auto" if precision == "auto" else torch.bfloat16)
+
+
 def _check_fit(
     model: nn.Module,
     epochs: int,
@@ -677,12 +691,15 @@ def fit(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,  # steps each batch
     callbacks: Iterable = (),  # with `on_batch_end(history)` or `on_epoch_end(history)`
     max_norm: float | None = None,  # gradients of larger norm are scaled down to it
+    precision: Literal["float32", "bfloat16", "auto"] = "float32",  # of the products
     device: torch.device | str | None = None,  # default `best_device()`
 ) -> History:
     """Train `model`; the last weights stay, whichever were best.
 
     `objective(model, input, target)` gives a scalar, in validation too (see
-    `evaluate`). Ctrl-C ends the run with a warning and returns the history so far.
+    `evaluate`). `precision` other than "float32" is that of `MixedPrecision`; "auto"
+    is `bfloat16` where it is faster. Ctrl-C ends the run with a warning and returns the
+    history so far.
 
     Raises `ValueError` for arguments that cannot work, `FloatingPointError` for a loss
     or a gradient that is not finite, before it reaches the parameters and after the
@@ -694,6 +711,7 @@ def fit(
     objective = supervised(_classification) if objective is None else objective
     _check_objective(objective)
     _check_fit(model, epochs, optimizer, scheduler, max_norm, loaders)
+    objective = _in_precision(objective, precision)
     device = best_device() if device is None else torch.device(device)
     callbacks, history = list(callbacks), History()
     model.to(device).train()
@@ -714,6 +732,9 @@ def fit(
     except FloatingPointError as error:
         error.history = history
         raise
+    finally:
+        used = getattr(objective, "used", None) or torch.float32
+        history.precision = str(used).removeprefix("torch.")
     return history
 
 # %% ../../nbs/04_training/01_loop.ipynb #46e07b97
@@ -769,26 +790,65 @@ class LiveCurve:
             self._handle.update(drawn)
 
 # %% ../../nbs/04_training/01_loop.ipynb #d28e610a
+class _Work(TorchDispatchMode):
+    "Counts operations, the elements they write, and FLOPs as torch's counter does."
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.elements = self.flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        formula = flop_registry.get(getattr(function, "_overloadpacket", None))
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        self.operations += 1
+        if not function.is_view:
+            several = isinstance(result, (list, tuple))
+            written = result if several else [result]
+            self.elements += sum(x.numel() for x in written if isinstance(x, Tensor))
+        return result
+
+    @property
+    def repays_casts(self) -> bool:
+        "Whether short products save more than casts cost: bounds measured, see above."
+        return self.flops > max(3e6 * self.operations, 80 * self.elements)
+
+    @contextmanager
+    def of(self, model: nn.Module) -> Iterator[None]:
+        "Inside, the work of the passes of `model` is counted, and of no copy of it."
+        enter = model.register_forward_pre_hook(lambda *_: self.__enter__() and None)
+        leave = model.register_forward_hook(
+            lambda *_: self.__exit__(None, None, None), always_call=True
+        )
+        with enter, leave:
+            yield
+
+
 class MixedPrecision:
     """An objective: another one, its products and convolutions in a shorter type.
 
-    Weights, their gradients, and logits from `forward` stay in `float32`. Source:
-    Micikevicius et al. 2018, "Mixed precision training"; in `bfloat16` Kalamkar et al.
-    2019.
+    Weights, their gradients, and logits from `forward` stay in `float32`. "auto" takes
+    `best_dtype` where the work of the first batch, which is in `float32`, repays it.
+    `used` is the type of the last batch. Source: Micikevicius et al. 2018, "Mixed
+    precision training"; in `bfloat16` Kalamkar et al. 2019.
     """
 
     def __init__(
         self,
         objective: Callable[[nn.Module, Any, Tensor], Tensor],  # as `supervised` makes
-        dtype: torch.dtype | None = None,  # `bfloat16`, `float32`; default `best_dtype`
+        dtype: torch.dtype | Literal["auto"] | None = None,  # default `best_dtype`
     ):
-        if dtype not in (None, torch.bfloat16, torch.float32):
+        if dtype not in (None, "auto", torch.bfloat16, torch.float32):
             raise ValueError(
-                f"dtype is {dtype}; allowed are torch.bfloat16, torch.float32 and None,"
-                " the fast one"
+                f"dtype is {dtype!r}; allowed are torch.bfloat16, torch.float32, 'auto'"
+                " and None, the fast one"
             )
         _check_objective(objective)
         self.objective, self.dtype = objective, dtype
+        self.used: torch.dtype | None = None
+        self._chosen = None if dtype == "auto" else dtype
         # what a step costs in forward passes; one forward and one backward count 3
         self.passes = getattr(objective, "passes", 3)
         self.ignore_index = getattr(objective, "ignore_index", -100)
@@ -802,7 +862,18 @@ class MixedPrecision:
         target: Tensor,  # (batch, ...)
     ) -> Tensor:  # a scalar
         "The objective's value."
-        device = target.device
-        dtype = self.dtype or best_dtype(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        fast = best_dtype(target.device)
+        if self.dtype != "auto" or self._chosen or fast == torch.float32:
+            return self._value(self._chosen or fast, model, input, target)
+        work = _Work()
+        with work.of(model):
+            value = self._value(torch.float32, model, input, target)
+        self._chosen = fast if work.repays_casts else torch.float32
+        return value
+
+    def _value(
+        self, dtype: torch.dtype, model: nn.Module, input: Any, target: Tensor
+    ) -> Tensor:
+        self.used, device = dtype, target.device.type
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             return self.objective(model, match_dtype(model, input), target)
