@@ -18,13 +18,17 @@ from bigmodel_nb.models.language import (
     GPTConfig,
     MaskedLM,
     SequenceClassifier,
+    attention_maps,
     from_transformers,
     generate,
+    gpt_attention_explorer,
     mask_tokens,
     mean_interval,
     sample,
+    sampling_explorer,
     stream,
     to_transformers,
+    token_probabilities,
     window_losses,
 )
 from bigmodel_nb.models.pretrained import find, load_gguf
@@ -419,6 +423,114 @@ def test_draws_have_the_probabilities_of_the_softmax():
 # --- masked tokens, classes, losses
 
 
+@given(
+    st.floats(0.0, 3.0),
+    st.one_of(st.none(), st.integers(1, 12)),
+    st.one_of(st.none(), st.floats(0.01, 1.0)),
+    st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_probabilities_are_those_that_are_drawn_from(temperature, top_k, top_p, seed):
+    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(seed))
+    found = token_probabilities(logits, temperature, top_k, top_p)
+    assert found.shape == logits.shape and torch.allclose(found.sum(1), torch.ones(3))
+    one, other = (torch.Generator().manual_seed(seed) for _ in range(2))
+    drawn = sample(logits, temperature, top_k, top_p, one)
+    assert (found.gather(1, drawn[:, None]) > 0).all()
+    if temperature:
+        assert torch.equal(drawn, torch.multinomial(found, 1, generator=other)[:, 0])
+    if top_k is None and top_p is None and temperature:
+        exact = (logits.double() / temperature).softmax(-1)
+        assert temperature < 1e-3 or torch.allclose(found.double(), exact, atol=1e-6)
+
+
+# --- attention seen
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "BERT"])
+def test_maps_are_those_of_transformers(name):
+    make = {"GPT-2": gpt2, "Llama": llama, "BERT": bert}[name]
+    theirs = make().eval()
+    theirs.set_attn_implementation("eager")
+    ours, ids = from_transformers(theirs).train(), torch.randint(50, (2, 9))
+    with torch.no_grad():
+        expected = torch.stack(theirs(ids, output_attentions=True).attentions)
+    assert torch.allclose(attention_maps(ours, ids), expected, atol=1e-6)
+    assert ours.training, "the model is left as it was"
+
+
+def test_maps_in_another_temperature_and_without_a_mask():
+    torch.manual_seed(0)
+    model, ids = GPT(FORMS["Llama"]).eval(), torch.randint(50, (1, 9))
+    before = model(ids)
+    as_it_is, hot, open_ = (
+        attention_maps(model, ids, **options)
+        for options in ({}, {"temperature": 1e6}, {"causal": False})
+    )
+    assert as_it_is.shape == (2, 1, 4, 9, 9)
+    assert as_it_is.triu(1).abs().max() == 0 < open_.triu(1).abs().max()
+    seen = torch.arange(1, 10)[:, None]
+    assert torch.allclose(hot, (torch.ones(9, 9) / seen).tril().expand_as(hot))
+    for maps in (as_it_is, hot, open_):
+        assert torch.allclose(maps.sum(-1), torch.ones(2, 1, 4, 9))
+    assert torch.equal(model(ids), before), "nothing of it stays"
+    with pytest.raises(ValueError, match="temperature is 0; allowed is a number above"):
+        attention_maps(model, ids, temperature=0)
+    for each in model.modules():
+        assert not each._forward_hooks and not each._forward_pre_hooks
+
+
+class Letters:
+    """Letters as tokens, all that a small vocabulary holds."""
+
+    def encode(self, text):
+        return [ord(letter) % 50 for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(97 + each % 26) for each in ids)
+
+
+def test_the_knobs_of_sampling_move_the_picture():
+    torch.manual_seed(0)
+    model = GPT(FORMS["GPT-2"]).train()
+    explorer = sampling_explorer(model, Letters(), "abc", max_new_tokens=8)
+    assert explorer.alt.startswith("50 of 50 tokens can be drawn"), explorer.alt
+    ids = torch.tensor([Letters().encode("abc")])
+    follows = generate(model, ids, 8, seed=0)[0, 3:].tolist()
+    assert explorer.alt.endswith(f"What follows: {Letters().decode(follows)!r}.")
+    first = explorer.picture
+    explorer.set(top_k=3)
+    assert explorer.alt.startswith("3 of 50 tokens") and explorer.picture != first
+    explorer.set(temperature=0.0)
+    assert explorer.alt.startswith("1 of 50 tokens") and "with 100%" in explorer.alt
+    explorer.set(text="")
+    assert "text has 0 tokens; allowed are 1 to 31" in explorer.alt
+    explorer.set(text="a" * 32)
+    assert "text has 32 tokens; allowed are 1 to 31" in explorer.alt
+    explorer.set(text="a" * 31, temperature=1.0)
+    assert explorer.error is None and model.training
+    with pytest.raises(ValueError, match="text has 0 tokens"):
+        sampling_explorer(model, Letters(), "")
+
+
+def test_the_knobs_of_attention_move_the_picture():
+    torch.manual_seed(0)
+    model = GPT(FORMS["Llama"]).eval()
+    explorer = gpt_attention_explorer(model, Letters(), "self", max_tokens=6)
+    assert explorer.alt.startswith("Attention of layer 2, head 1: most attention goes")
+    assert "to" in explorer.alt and "cut" not in explorer.alt
+    seen = set()
+    for knobs in ({}, {"head": 3}, {"layer": 1}, {"temperature": 0.1}, {"causal": 0}):
+        explorer.set(**knobs)
+        assert explorer.error is None
+        seen.add(explorer.picture)
+    assert len(seen) == 5, "each of them moves it"
+    explorer.set(text="a longer text")
+    assert "(cut to 6 tokens)" in explorer.alt
+    explorer.set(text="")
+    assert "text has no token; allowed is at least one" in explorer.alt
+
+
 def test_masked_tokens_are_those_of_the_paper():
     ids = tokens(400, 500)
     generator = torch.Generator().manual_seed(0)
@@ -544,6 +656,7 @@ def expect_language(m):
     assert m["minilm_difference"] < 2e-5, "the real MiniLM has the same vectors"
     if m["chat"]:
         assert m["chat"]["logits"] < 1e-3, "and the chat model the same logits"
+        assert set(m["chat"]["short_weights"]) == {"float32", "bfloat16", "float16"}
 
 
 undecided_language = {

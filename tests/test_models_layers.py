@@ -15,6 +15,7 @@ from bigmodel_nb.models.layers import (
     KVCache,
     MultiHeadAttention,
     attention,
+    attention_weights,
     rotate,
     rotation,
     sinusoidal_positions,
@@ -150,6 +151,26 @@ def test_the_cache_gives_what_the_whole_gives(lengths):
     assert cache.nbytes == 2 * 2 * 2 * 9 * 6 * 4 and cache.length == 9
     with pytest.raises(ValueError, match="holds 9 of 9 positions; allowed are 0 more"):
         block(x[:, :1], rotation=rotation(torch.tensor([9]), 6), cache=cache)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_weights_are_those_that_the_layer_takes_its_means_with(causal, num_kv_heads):
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(16, 4, num_kv_heads, causal).eval()
+    x, mask = torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)
+    mask[0, :2] = False  # padded on the left: under a causal mask two see nothing
+    turns = rotation(torch.arange(7), 4)
+    weights = attention_weights(layer, x, mask, turns)
+    assert weights.shape == (2, 4, 7, 7)
+    value = layer._heads(x, turns)[2].repeat_interleave(4 // num_kv_heads, 1)
+    rebuilt = layer.out((weights @ value).transpose(1, 2).flatten(2))
+    assert torch.allclose(rebuilt, layer(x, mask, turns), atol=1e-6)
+    assert weights[0, :, :, :2].abs().max() == 0, "no weight on padding"
+    sums = weights.sum(-1)
+    blind = torch.zeros(2, 4, 7, dtype=torch.bool)
+    blind[0, :, :2] = causal
+    assert torch.allclose(sums, (~blind).float()), "a row sums to 1, or sees nothing"
 
 
 def test_dropout_is_off_in_evaluation_and_keeps_the_mean():

@@ -26,6 +26,7 @@ from bigmodel_nb.models.scale import (
     measure_roofline,
     parameter_count,
     plan,
+    plan_explorer,
     training_memory,
     zero_states,
 )
@@ -445,6 +446,29 @@ def test_each_number_opens_to_its_formula():
     assert "/ 64 devices" in found.formulas["Optimiser on a device"]
     assert f"= {found.days:.3g}" in found.formulas["Days"]
     assert "3 an hour" in found.formulas["Cost"]
+
+
+def test_the_sliders_of_the_plan_ask_the_plan():
+    explorer = plan_explorer("gpt3")
+    found = plan(PRESETS["gpt3"], 64, 80, 300e9)
+    assert explorer.alt.startswith("gpt3 fits on 64 devices of 80 GB.")
+    assert f"{found.days:,.3g} days, {found.cost:,.0f} at 2 a device" in explorer.alt
+    for part, size in found.parts.items():
+        assert f"{part} {size / 1e9:.3g}" in explorer.alt
+    shown = {explorer.picture}
+    for moved in ({"utilisation": 0.2}, {"tokens": 30}, {"memory": 192}):
+        explorer.set(**moved)
+        shown.add(explorer.picture)
+    assert len(shown) == 4
+    explorer.set(devices=1, memory=16)
+    assert explorer.alt.startswith("gpt3 does not fit on 1 device of 16 GB.")
+    assert "days" not in explorer.alt
+    for preset in PRESETS:
+        for devices in (1, 16_384):
+            explorer.set(preset=preset, devices=devices)
+            assert explorer.error is None
+    with pytest.raises(ValueError, match="preset is 'gpt5'; allowed are 'gpt2'"):
+        plan_explorer("gpt5")
 
 
 def test_a_plan_is_a_job_that_answers_first(tmp_path, monkeypatch):

@@ -754,7 +754,7 @@ def test_attention_is_the_models_and_rows_sum_to_one(letters, form, monkeypatch)
     model = small_encoder(attn_implementation=form).train()
     drawn = []
     monkeypatch.setattr(
-        "bigmodel_nb.kit.widgets._draw_attention",
+        "bigmodel_nb.kit.widgets.draw_attention",
         lambda words, weights, *rest: (
             drawn.append((words, weights)),
             line(0, str(len(drawn))),

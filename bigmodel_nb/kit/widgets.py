@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Explorer', 'softmax_explorer', 'graph_explorer', 'explore_graph', 'descend', 'descent_explorer', 'attention_explorer',
-           'attack_explorer', 'label_explorer']
+           'draw_attention', 'attack_explorer', 'label_explorer']
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #f493b645
 import base64
@@ -859,14 +859,18 @@ def attention_explorer(
         words, weights, cut = attended(text)
         note = f" (cut to {max_tokens} tokens)" if cut else ""
         name = f"layer {layer}, head {head}"
-        return _draw_attention(words, weights[layer - 1, head - 1], name, note)
+        return draw_attention(words, weights[layer - 1, head - 1], name, note)
 
     return Explorer(draw, controls, layout_by=("text",))
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #c4f956dd
-def _draw_attention(
-    words: list[str], weights: np.ndarray, name: str, cut: str
-) -> tuple[Figure, str]:
+def draw_attention(
+    words: Sequence[str],  # the tokens
+    weights: np.ndarray,  # (time, time): a row for each token that attends
+    name: str,  # of the head
+    cut: str = "",  # a remark behind the title
+) -> tuple[Figure, str]:  # and what it shows in words
+    "The heat map of one head, as an `Explorer` takes it."
     received, before = weights.mean(0), np.trace(weights, -1) / len(weights)
     most = f"{words[received.argmax()]}, {received.max():.0%} of all"
     if before > received.max():

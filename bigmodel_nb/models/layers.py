@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Implementation', 'Activation', 'attention', 'rotation', 'rotate', 'sinusoidal_positions', 'MLP', 'KVCache',
-           'MultiHeadAttention', 'Block']
+           'MultiHeadAttention', 'attention_weights', 'Block']
 
 # %% ../../nbs/03_models/01_layers.ipynb #985e06e1
 import math
@@ -325,25 +325,43 @@ class MultiHeadAttention(nn.Module):
         cache: KVCache | None = None,  # of earlier positions; gets these too
     ) -> Tensor:  # (batch, time, channel)
         "What each position takes in. Raises `ValueError` where the cache is full."
+        query, key, value = self._heads(x, rotation)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        options = dict(causal=self.causal, implementation=self.implementation)
+        options["mask"] = None if mask is None else mask[:, None, None]
+        options["dropout"] = self.dropout if self.training else 0.0
+        y = attention(query, key, value, **options)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, rotation: tuple | None) -> tuple[Tensor, ...]:
         heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
         parts = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         query, key, value = parts.split(heads, 1)
-        if rotation is not None:
-            query, key = rotate(query, *rotation), rotate(key, *rotation)
-        if cache is not None:
-            key, value = cache.append(key, value)
-        y = attention(
-            query,
-            key,
-            value,
-            mask=None if mask is None else mask[:, None, None],
-            causal=self.causal,
-            dropout=self.dropout if self.training else 0.0,
-            implementation=self.implementation,
-        )
-        return self.out(y.transpose(1, 2).flatten(2))
+        if rotation is None:
+            return query, key, value
+        return rotate(query, *rotation), rotate(key, *rotation), value
 
 # %% ../../nbs/03_models/01_layers.ipynb #2c17bab2
+def attention_weights(
+    layer: MultiHeadAttention,  # alone, or in a model
+    x: Tensor,  # (batch, time, channel), what the layer is given
+    mask: Tensor | None = None,  # as in its `forward`
+    rotation: tuple[Tensor, Tensor] | None = None,  # likewise
+) -> Tensor:  # (batch, head, query, key); a row sums to 1, or to 0 without a key
+    "The weights that `layer` takes its means with, and does not keep."
+    query, key, _ = layer._heads(x, rotation)
+    one_each = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)
+    return attention(  # of values that say which they are
+        query,
+        key,
+        one_each.expand(*key.shape[:2], -1, -1),
+        mask=None if mask is None else mask[:, None, None],
+        causal=layer.causal,
+        implementation="plain",
+    )
+
+
 def _check_heads(embed_dim: int, num_heads: int, num_kv_heads: int) -> None:
     "Heads divide the width, and those of keys and values the heads of queries."
     sizes = {"embed_dim": embed_dim, "num_heads": num_heads}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'parameter_count', 'flops', 'LiveMemory', 'TrainingMemory', 'training_memory', 'generation_memory',
            'Roofline', 'shortest_time', 'measure_roofline', 'PowerLaw', 'fit_power_law', 'zero_states', 'device_memory',
-           'Plan', 'plan']
+           'Plan', 'plan', 'plan_explorer']
 
 # %% ../../nbs/03_models/06_scale.ipynb #aa3468f5
 import math
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..kit.core import Estimate, best_device
 from .language import GPTConfig
+
+if TYPE_CHECKING:
+    from bigmodel_nb.kit.widgets import Explorer
 
 # %% ../../nbs/03_models/06_scale.ipynb #b2d395c7
 def parameter_count(
@@ -676,3 +679,59 @@ def _formulas(
         "Cost": f"{given['devices']} devices · {made.days:.3g} days · 24 ·"
         f" {given['price']:g} an hour = {made.cost:.3g}",
     }
+
+# %% ../../nbs/03_models/06_scale.ipynb #0b8a78f6
+def plan_explorer(
+    preset: str = "gpt2",  # a name in `PRESETS`, at the start
+) -> "Explorer":  # controls preset, devices, memory, tokens, utilisation
+    "Move model, devices and tokens: what fits, how, for how long and at what cost."
+    import ipywidgets
+
+    from bigmodel_nb.kit.plots import COLORS, figure
+    from bigmodel_nb.kit.widgets import Explorer
+
+    _check_choice("preset", preset, tuple(PRESETS))
+    steps = lambda values, value: ipywidgets.SelectionSlider(
+        options=[(f"{each:,}", each) for each in values], value=value
+    )
+    billions = steps([1, 3, 10, 30, 100, 300, 1000, 3000, 15_000], 300)
+    billions.description = "10⁹ tokens"
+    controls = {
+        "preset": ipywidgets.Dropdown(options=list(PRESETS), value=preset),
+        "devices": steps([2**k for k in range(15)], 64),
+        "memory": steps([16, 24, 40, 80, 141, 192], 80),
+        "tokens": billions,
+        "utilisation": ipywidgets.FloatSlider(0.4, min=0.05, max=0.7, step=0.05),
+    }
+
+    def draw(preset: str, devices: int, memory: int, tokens: int, utilisation: float):
+        config = PRESETS[preset]
+        batch = max(2**19, devices * config.n_positions)  # a text for each device
+        given = dict(batch_tokens=batch, utilisation=utilisation)
+        found = plan(config, devices, memory, 1e9 * tokens, **given)
+        fits = "fits" if found.fits else "does not fit"
+        several = "s" if devices > 1 else ""
+        title = f"{preset} {fits} on {devices:,} device{several} of {memory} GB"
+        made, axes = figure(title, height=2.7)
+        ends = [0.0]
+        for (part, size), tone in zip(found.parts.items(), COLORS):
+            label = f"{part} {size / 1e9:.3g}"
+            axes.barh(0, size / 1e9, left=ends[-1], color=COLORS[tone], label=label)
+            ends.append(ends[-1] + size / 1e9)
+        limit = found.usable / 1e9
+        axes.axvline(limit, color=COLORS["limit"], ls="--", lw=1)
+        axes.set(yticks=[], ylim=(-0.6, 1.5), xlim=(0, 1.1 * max(limit, ends[-1])))
+        axes.set(xlabel=f"gigabytes on the fullest device ({limit:.3g} may be filled)")
+        layout = (
+            f"data {found.data} · tensor {found.tensor} · pipeline {found.pipeline}"
+        )
+        again = ", blocks computed twice" if found.checkpointing else ""
+        told = f"{layout}, sharding {found.sharding}{again}\n{found.flops:.2e} FLOPs"
+        if found.fits:
+            told += f", {found.days:,.3g} days, {found.cost:,.0f} at 2 a device hour"
+        axes.text(0.01, 0.95, told, va="top", transform=axes.transAxes, fontsize=9)
+        made.legend(loc="outside lower center", ncol=3, fontsize=9, frameon=False)
+        parts = ", ".join(bar.get_label() for bar in axes.containers)
+        return made, f"{title}. {told}. Gigabytes on the fullest device: {parts}."
+
+    return Explorer(draw, controls, layout_by=())

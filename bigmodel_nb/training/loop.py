@@ -624,6 +624,8 @@ def _run(
             if history.stop:
                 return
     finally:
+        used = getattr(objective, "used", None) or torch.float32
+        history.precision = str(used).removeprefix("torch.")
         # so that the bar goes, however the run ended: tqdm leaves one that is not full
         bar.total = bar.n
         bar.close()
@@ -732,9 +734,6 @@ def fit(
     except FloatingPointError as error:
         error.history = history
         raise
-    finally:
-        used = getattr(objective, "used", None) or torch.float32
-        history.precision = str(used).removeprefix("torch.")
     return history
 
 # %% ../../nbs/04_training/01_loop.ipynb #46e07b97
@@ -789,7 +788,7 @@ class LiveCurve:
         else:
             self._handle.update(drawn)
 
-# %% ../../nbs/04_training/01_loop.ipynb #d28e610a
+# %% ../../nbs/04_training/01_loop.ipynb #75ff19f0
 class _Work(TorchDispatchMode):
     "Counts operations, the elements they write, and FLOPs as torch's counter does."
 
@@ -825,7 +824,7 @@ class _Work(TorchDispatchMode):
         with enter, leave:
             yield
 
-
+# %% ../../nbs/04_training/01_loop.ipynb #d28e610a
 class MixedPrecision:
     """An objective: another one, its products and convolutions in a shorter type.
 
