@@ -656,7 +656,8 @@ def expect_language(m):
     assert m["minilm_difference"] < 2e-5, "the real MiniLM has the same vectors"
     if m["chat"]:
         assert m["chat"]["logits"] < 1e-3, "and the chat model the same logits"
-        assert set(m["chat"]["short_weights"]) == {"float32", "bfloat16", "float16"}
+        same = m["chat"]["same_tokens"]
+        assert same["float16"] > 0.9 * same["float32"], "float16 writes the same answer"
 
 
 undecided_language = {
