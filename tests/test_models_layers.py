@@ -341,3 +341,20 @@ def test_the_block_is_torchs_encoder_layer_while_it_trains():
     own = dict(theirs.named_parameters())
     for name, parameter in pairs.items():
         assert (own[name].grad - parameter.grad).abs().max() < 1e-10, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_sixteen_bits_a_query_is_answered_as_in_float32(dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 4, size, 16) for size in (1, 300, 300))
+    short = [each.to(dtype) for each in (query, key, value)]
+    exact = attention(*(each.double() for each in short), implementation="plain")
+    found = attention(*short, causal=True)
+    assert found.dtype == dtype, "the type is kept"
+    assert torch.equal(found, exact.to(dtype)) or torch.allclose(
+        found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6
+    ), "one rounding, at the end"
+    with torch.enable_grad():
+        query = short[0].requires_grad_()
+        attention(query, *short[1:]).sum().backward()
+    assert query.grad.dtype == dtype

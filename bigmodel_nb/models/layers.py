@@ -85,12 +85,12 @@ def _plain(
     if groups > 1:  # a head of keys and values serves several of queries
         key = key.repeat_interleave(groups, 1)
         value = value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-    if allowed is None:
-        weights = scores.softmax(-1)
-    else:
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
+    if allowed is not None:
         hidden = torch.finfo(scores.dtype).min  # finite: no nan in a row without keys
-        weights = scores.masked_fill(~allowed, hidden).softmax(-1)
+        scores.masked_fill_(~allowed, hidden)
+    weights = scores.softmax(-1)
+    if allowed is not None and not allowed.any(-1).all():
         weights = weights.masked_fill(~allowed, 0)  # such a row gives 0
     return F.dropout(weights, dropout) @ value if dropout else weights @ value
 
@@ -114,16 +114,20 @@ def attention(
     by groups (Ainslie et al. 2023). Raises `ValueError` and `TypeError`.
     """
     _check_attention(query, key, value, mask)
+    dtype = query.dtype
     if implementation == "auto":
-        implementation = _fitting(query, key, value)
+        implementation, fitting = _fitting(query, key, value)
+        query, key, value = (each.to(fitting) for each in (query, key, value))
     if implementation == "plain":
-        return _plain(query, key, value, _allowed(mask, causal, query, key), dropout)
-    if implementation != "fused":
+        found = _plain(query, key, value, _allowed(mask, causal, query, key), dropout)
+    elif implementation == "fused":
+        found = _fused(query, key, value, mask, causal, dropout)
+    else:
         raise ValueError(
             f"implementation is {implementation!r}; allowed are 'auto', 'plain' and"
             " 'fused'"
         )
-    return _fused(query, key, value, mask, causal, dropout)
+    return found.to(dtype)
 
 # %% ../../nbs/03_models/01_layers.ipynb #5fc2ca83
 def _fused(
@@ -151,16 +155,21 @@ def _fused(
     return found.masked_fill(~allowed.any(-1, keepdim=True), 0)  # kernels disagree
 
 
-def _fitting(query: Tensor, key: Tensor, value: Tensor) -> Implementation:
-    "A rule for steps in bfloat16 on processors, whose lengths were measured once."
-    if query.device.type != "cpu" or query.dtype == torch.float32:
-        return "fused"
-    learns = torch.is_grad_enabled() and any(
+def _fitting(
+    query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Implementation, torch.dtype]:
+    "A rule for 16 bits on processors: its bounds were measured (`benchmarks/gpt.py`)."
+    dtype = query.dtype
+    if query.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return "fused", dtype
+    if torch.is_grad_enabled() and any(
         each.requires_grad for each in (query, key, value)
-    )
-    matrix_units = torch.cpu.get_capabilities().get("amx_bf16")
-    short = key.shape[2] < (1024 if matrix_units else 384)
-    return "plain" if learns and short else "fused"
+    ):
+        matrix_units = torch.cpu.get_capabilities().get("amx_bf16")
+        short = key.shape[2] < (1024 if matrix_units else 384)
+        return "plain" if short else "fused", dtype
+    writes = query.shape[2] == 1 and key.shape[2] > 100
+    return "fused", torch.float32 if writes or dtype == torch.float16 else dtype
 
 # %% ../../nbs/03_models/01_layers.ipynb #46d503f5
 def rotation(
