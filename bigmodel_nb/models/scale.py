@@ -199,10 +199,10 @@ def _block_activations(
             attention += n * (d + keys) * size + (n * d * size if heads > 1 else 0)
     else:
         attention = 4 * n * d * size
-        scores = 2 * n * heads * time * size + 2 * time * time
+        scores = n * heads * time * size + time * time
         views = batch == 1 or heads == 1  # keep the whole that they are views of
-        if views and rotary != (kv_heads < heads):
-            attention += 2 * n * keys * size
+        if views and kv_heads == heads:
+            attention += (1 + rotary) * n * d * size
     return {
         "norms": 2 * (_norm_activations(config, n, size, kernels) + n * d * size),
         "attention": attention,
@@ -245,7 +245,7 @@ def _peak_of_backward(
     widths = 2 if config.activation in ("relu", "swiglu") else 1
     head, parts = config.vocab_size * d * size, parameter_count(config)
     each = (parts["attention"] + parts["MLP"]) // config.n_layer * size
-    scores = block["scores"] // 2
+    scores = block["scores"]
     in_mlp = body + head + (2 * n * d + widths * n * inner + inner * d) * size
     in_attention = body - block["MLP"] + head + 3 * n * d * size + scores + each // 2
     tied = 2 * head if config.tie_weights else 0  # two gradients and their sum
