@@ -565,6 +565,7 @@ def test_work_is_counted_as_torch_does():
     counted = work.operations  # views among them
     assert counted >= 5  # three products, one ReLU, one convolution
     assert work.elements == 7 * (3 * 1024 + 3) + 2 * 3 * 6 * 6
+    assert work.parameters == 30, "of the last that was counted"
     model(x)
     assert work.operations == counted, "outside nothing is counted"
 

@@ -794,7 +794,7 @@ class _Work(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operations = self.elements = self.flops = 0
+        self.operations = self.elements = self.flops = self.parameters = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -812,11 +812,13 @@ class _Work(TorchDispatchMode):
     @property
     def repays_casts(self) -> bool:
         "Whether short products save more than casts cost: bounds measured, see above."
-        return self.flops > max(3e6 * self.operations, 80 * self.elements)
+        casts = max(80 * self.elements, 120 * self.parameters)
+        return self.flops > max(3e6 * self.operations, casts)
 
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
         "Inside, the work of the passes of `model` is counted, and of no copy of it."
+        self.parameters = sum(each.numel() for each in model.parameters())
         enter = model.register_forward_pre_hook(lambda *_: self.__enter__() and None)
         leave = model.register_forward_hook(
             lambda *_: self.__exit__(None, None, None), always_call=True
@@ -861,9 +863,9 @@ class MixedPrecision:
         target: Tensor,  # (batch, ...)
     ) -> Tensor:  # a scalar
         "The objective's value."
-        fast = best_dtype(target.device)
+        fast = self._chosen or best_dtype(target.device)
         if self.dtype != "auto" or self._chosen or fast == torch.float32:
-            return self._value(self._chosen or fast, model, input, target)
+            return self._value(fast, model, input, target)
         work = _Work()
         with work.of(model):
             value = self._value(torch.float32, model, input, target)
@@ -873,6 +875,8 @@ class MixedPrecision:
     def _value(
         self, dtype: torch.dtype, model: nn.Module, input: Any, target: Tensor
     ) -> Tensor:
-        self.used, device = dtype, target.device.type
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            return self.objective(model, match_dtype(model, input), target)
+        self.used, input = dtype, match_dtype(model, input)
+        if dtype == torch.float32 and not torch.is_autocast_enabled(target.device.type):
+            return self.objective(model, input, target)
+        with torch.autocast(target.device.type, dtype, enabled=dtype != torch.float32):
+            return self.objective(model, input, target)
