@@ -209,7 +209,7 @@ def main() -> int:
         models["SmolLM2"] = from_transformers(theirs), theirs, ids, words
     for name, (ours, theirs, ids, words) in models.items():
         print(f"Writing {WRITTEN} tokens, {name}")
-        seconds = measured(writing(ours, theirs, ids), ROUNDS if words is None else 3)
+        seconds = measured(writing(ours, theirs, ids), 20 if words is None else 3)
         ratios = show(seconds, "transformers", WRITTEN, "tokens/s")
         floor = 2.0 if words is None else 1.5
         held.append((f"{name} writes in float16", ratios["ours, float16"], floor))
