@@ -270,12 +270,12 @@ class KVCache:
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}; allowed is a number from 1 on")
         self.capacity, self.length = capacity, 0
-        self._held: Tensor | None = None
+        self._held: tuple[Tensor, ...] = ()  # keys and values
 
     @property
     def nbytes(self) -> int:
         "Bytes that are taken, for positions still to come too."
-        return 0 if self._held is None else self._held.nbytes
+        return sum(each.nbytes for each in self._held)
 
     @torch.no_grad()
     def append(
@@ -290,12 +290,14 @@ class KVCache:
                 f"the cache holds {start} of {self.capacity} positions; allowed are"
                 f" {self.capacity - start} more, not {key.shape[2]}"
             )
-        batch, heads, _, width = key.shape
-        if self._held is None:
-            self._held = key.new_empty(2, batch, heads, self.capacity, width)
-        self._held[0, :, :, start:end], self._held[1, :, :, start:end] = key, value
+        if not self._held:
+            size = (*key.shape[:2], self.capacity, key.shape[3])
+            self._held = key.new_empty(size), value.new_empty(size)
+        for held, new in zip(self._held, (key, value)):
+            held.narrow(2, start, end - start).copy_(new)
         self.length = end
-        return self._held[0, :, :, :end], self._held[1, :, :, :end]
+        key, value = (each.narrow(2, 0, end) for each in self._held)
+        return key, value
 
 # %% ../../nbs/03_models/01_layers.ipynb #9876d581
 class MultiHeadAttention(nn.Module):
