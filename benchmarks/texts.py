@@ -1,7 +1,7 @@
 """What the bundled texts teach: the order of methods, and what pretraining saves.
 
 The order is that on the ordinary reviews, the saving that on the messages to a customer
-service. `python benchmarks/texts.py` trains at the quick budget of adapting/finetune
+service. `python benchmarks/texts.py` trains at the quick budget of adapting/classifier
 with five seeds, which draw the training rows, the order of batches and the dropout.
 Each method reads the same test rows; a gain is averaged over the seeds row by row, and
 its interval is that of the mean over rows. On the messages, counting words and a probe
@@ -15,18 +15,17 @@ import warnings
 import numpy as np
 import torch
 
-from bigmodel_nb.adapting.finetune import (
-    TextClassifier,
+from bigmodel_nb.adapting.classifier import (
+    TextClassifierModule,
     TextSplit,
     finetune,
     fit_linear_probe,
-    load_encoder,
     load_probe,
     rows_for_token_budget,
     split_texts,
     tfidf_baseline,
-    tokenized_loader,
 )
+from bigmodel_nb.adapting.features import load_encoder, tokenized_loader
 from bigmodel_nb.data.sources import encode_labels, reviews, support, text_rows
 from bigmodel_nb.kit.core import seed_everything
 
@@ -56,7 +55,7 @@ def reviewed(seed: int) -> dict[str, np.ndarray]:
         name: getattr(split, name)["text"].tolist()
         for name in ("train", "valid", "test")
     }
-    classifier = TextClassifier(encoder, tokenizer, split.labels)
+    classifier = TextClassifierModule(encoder, tokenizer, split.labels)
     vectors = {
         name: classifier.encode(each, layers="all") for name, each in texts.items()
     }
@@ -129,7 +128,7 @@ def main() -> int:
     missed += np.mean([run["MiniLM, fine-tuned"].mean() for run in right]) < 0.86
     messages = support()
     encoder, tokenizer = load_encoder()
-    vectors = TextClassifier(encoder, tokenizer, ["0", "1"]).encode(
+    vectors = TextClassifierModule(encoder, tokenizer, ["0", "1"]).encode(
         messages["text"].tolist()
     )
     scores = [messaged(seed, vectors, messages) for seed in SEEDS]

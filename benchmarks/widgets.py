@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from sklearn.datasets import load_digits
 
-from bigmodel_nb.adapting.finetune import load_encoder
+from bigmodel_nb.adapting.features import load_encoder
 from bigmodel_nb.kit.widgets import (
     Explorer,
     attack_explorer,

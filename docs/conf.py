@@ -17,6 +17,7 @@ project, author, copyright, release = (
 language = "en"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "reference"]
 default_role = "py:obj"
+smartquotes_action = "qe"  # quotes and dots, but no dash for the -- of an option
 
 # Pages are the notebooks as they were committed, with the outputs that they hold.
 nb_execution_mode = "off"

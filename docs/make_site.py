@@ -33,8 +33,8 @@ CHAPTERS = {
     "models": "The networks: layers, real files, language, images, and what makes"
     " them large.",
     "training": "Fit, watch, debug, go fast, go wide.",
-    "adapting": "Transfer learning: a pretrained model, fine-tuned on a table"
-    " of your own.",
+    "adapting": "Transfer learning: what a pretrained model knows, used as it is and"
+    " fine-tuned on data of your own.",
     "robust": "Adversarial examples, and what really stops them.",
     "explain": "Why the model said that.",
     "shipping": "Smaller, portable, behind an endpoint.",

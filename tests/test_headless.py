@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -37,6 +38,7 @@ from bigmodel_nb.headless.parameters import (
 from bigmodel_nb.headless.report import to_html
 from bigmodel_nb.headless.run import (
     RunFailed,
+    _share_of,
     _Watch,
     notebook_hash,
     read_run,
@@ -534,6 +536,58 @@ def test_parameters_named_as_those_of_the_course_go_by_keyword(save):
         out="out",
     )
     assert done.metrics == {"got": "b"}
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells who shares a page"
+)
+def test_memory_that_processes_share_counts_once(save):
+    program = """import os, time
+block = b"x" * 300_000_000
+children = []
+for _ in range(4):
+    pid = os.fork()
+    if not pid:
+        time.sleep(3)
+        os._exit(0)
+    children.append(pid)
+for pid in children:
+    os.waitpid(pid, 0)"""
+    cells = run(save("x = 1", program), out="shared").record["cells"]
+    alone, shared = (each["peak_memory_mb"] for each in cells)
+    more = shared - alone
+    # each child once more would be 1,500 MB
+    assert 250 < more < 500
+
+
+class Sharing:
+    "One of those that hold 300 bytes together, until it is read `ends` times."
+
+    all = []
+
+    def __init__(self, ends=99):
+        self.left = ends
+        self.all.append(self)
+
+    def memory_full_info(self):
+        holders = sum(each.left > 0 for each in self.all)
+        held = SimpleNamespace(pss=300 / holders if self.left > 0 else 0, rss=300)
+        self.left -= 1
+        return held
+
+    def memory_info(self):
+        return SimpleNamespace(rss=300 if self.left > 0 else 0)
+
+
+@pytest.mark.parametrize("ends", [(99, 99), (1, 99), (1, 1, 99), (1, 2, 99)])
+def test_what_one_that_ends_leaves_to_others_counts_once(monkeypatch, ends):
+    monkeypatch.setattr(Sharing, "all", [])
+    assert _share_of([Sharing(each) for each in ends]) == 300
+
+
+def test_those_that_end_count_nothing(monkeypatch):
+    monkeypatch.setattr(Sharing, "all", [])
+    assert _share_of([Sharing(1), Sharing(1)]) == 0
 
 
 def test_peak_memory_is_that_of_the_kernel(save):

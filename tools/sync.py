@@ -36,6 +36,7 @@ NOTEBOOKS = ROOT / "nbs"
 INDEX = NOTEBOOKS / "index.ipynb"
 DATA = ROOT / "bigmodel_nb" / "data" / "files"
 DEPENDS = "outputs_depend_on"  # key of a notebook's metadata
+READER = {"course": "07_instruct"}  # notebooks of files that data.sources does not read
 COST = re.compile(r"^\*Measured on 2 CPU cores: .*\*$", re.MULTILINE)
 LINKS = re.compile(r"^\[Open in Colab\]\(.*$\n?", re.MULTILINE)
 BINDER_GIGABYTES = (
@@ -99,7 +100,11 @@ def outputs_depend_on(path: Path) -> str:
     written += [code(module_path(module)) for module in modules]
     parts = [without_docstrings(source) for source in written]
     if "data.sources" in modules:  # which reads them
-        parts += [file.read_text(encoding="utf-8") for file in sorted(DATA.iterdir())]
+        parts += [
+            file.read_text(encoding="utf-8")
+            for file in sorted(DATA.iterdir())
+            if READER.get(file.stem, path.stem) == path.stem
+        ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -789,8 +789,8 @@ def split_indices(
 
     Raises `ValueError` that names a class with too few rows or groups for all parts.
     """
-    targets = np.asarray(targets)
-    groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
+    targets = _array(targets)
+    groups = np.arange(len(targets)) if groups is None else _array(groups)
     _check_split(targets, fractions, groups, names)
     values, classes = np.unique(targets, return_inverse=True)
     due = np.outer(fractions, np.bincount(classes))  # (part, class) rows
@@ -811,6 +811,10 @@ def split_indices(
     )
 
 # %% ../../nbs/01_data/01_sources.ipynb #fafd5640
+def _array(numbers: Tensor | Sequence[int]) -> np.ndarray:
+    return numbers.cpu().numpy() if isinstance(numbers, Tensor) else np.asarray(numbers)
+
+
 def _shuffled_groups(groups: np.ndarray, seed: int) -> list[np.ndarray]:
     "The row numbers of each group, large groups first, else in a random order."
     order = np.argsort(groups, kind="stable")

@@ -295,6 +295,7 @@ class _Forked:
 KERNEL_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}  # read by GNU OpenMP, which is torch's
 # change often, and no library reads them:
 _VOLATILE = {"PWD", "OLDPWD", "SHLVL", "_", "PYTEST_CURRENT_TEST", "JPY_PARENT_PID"}
+_VOLATILE |= {"BIGMODEL_CHECKPOINT"}  # of each run its own, read when `fit` is called
 
 
 def kernel_environment(

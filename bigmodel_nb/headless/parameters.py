@@ -612,12 +612,18 @@ def _read_text_or_other(value: Any, reading: Reading) -> str:
 
 
 def _read_file_or_text(value: Any, reading: Reading) -> str | Path:
-    "Of `Path | str`: a path, or a text, absolute where it names a file."
+    """Of `Path | str`: a path, or a text, absolute where it names a file.
+
+    So is `my_model.py:make`, a file and a name in it; the file must be there.
+    """
     if isinstance(value, PurePath):
         return _read_path(value, reading)
     text = _read_text_or_other(value, reading)
     with suppress(ValueError):
         return str(_read_path(text, Reading(exact=False, infinite=False)))
+    file, _, name = text.rpartition(":")
+    if file.endswith(".py") and name.isidentifier():
+        return f"{_read_path(file, Reading(exact=False, infinite=False))}:{name}"
     return text
 
 # %% ../../nbs/10_headless/01_parameters.ipynb #618c0d53

@@ -53,7 +53,7 @@ if TYPE_CHECKING:  # imported by the functions that need it, since it takes long
     from bigmodel_nb.headless.kernel import Zygote
 
 # %% auto #0
-__all__ = ['write_atomic', 'Run', 'RunFailed', 'read_run', 'stoppable', 'notebook_hash', 'library_versions', 'run']
+__all__ = ['CHECKPOINTS', 'write_atomic', 'Run', 'RunFailed', 'read_run', 'stoppable', 'notebook_hash', 'library_versions', 'run']
 
 # %% ../../nbs/10_headless/04_run.ipynb #df8f50cc
 def write_atomic(
@@ -137,7 +137,7 @@ class Run:
     @property
     def stale(self) -> bool:
         "Whether the record says `running` though the process that wrote it has ended."
-        return self.status == "running" and not _is_running(self.record)
+        return self.status == "running" and not _is_running(self.record, self.folder)
 
 
 class RunFailed(RuntimeError):
@@ -148,19 +148,18 @@ class RunFailed(RuntimeError):
         self.run = run
 
 # %% ../../nbs/10_headless/04_run.ipynb #cd20b1d2
-def _this_process() -> dict[str, Any]:
-    "This process, so that another one can tell whether it still runs."
-    return {
-        "pid": os.getpid(),
-        "process_started": psutil.Process().create_time(),
-        "host": socket.gethostname(),
-    }
+def _process(pid: int) -> dict[str, Any]:
+    "A process of this machine, so that another one can tell whether it still runs."
+    started = psutil.Process(pid).create_time()
+    return {"pid": pid, "process_started": started, "host": socket.gethostname()}
 
 
-def _is_running(record: Mapping[str, Any]) -> bool:
+def _is_running(record: Mapping[str, Any], folder: Path | None = None) -> bool:
     "Whether the process of a `running` record runs, as far as this machine can tell."
-    if record.get("host") != socket.gethostname():
-        return True  # another machine's processes are not visible here
+    if record.get("host") != socket.gethostname():  # whose processes cannot be seen
+        with suppress(OSError, TypeError):  # but a run touches this file
+            return time.time() - (folder / ".reserve").stat().st_mtime < 300
+        return True
     try:
         started = psutil.Process(record["pid"]).create_time()
     except psutil.NoSuchProcess:
@@ -197,6 +196,10 @@ _NUMBER = (int, float)
 _REQUIRED = {"status": str, "metrics": dict, "parameters": dict}
 _REQUIRED_WHILE_RUNNING = {"host": str, "pid": int, "process_started": _NUMBER}
 _OPTIONAL = {
+    "notebook_file": str,
+    "notebook_hash": str,
+    "attempts": list,
+    "given_source": dict,
     "seconds": _NUMBER,
     "peak_memory_mb": _NUMBER,
     "error": (dict, type(None)),
@@ -229,7 +232,7 @@ def _check_record(record: Any) -> None:
     if error is not None and not isinstance(error.get("message"), str):
         raise ValueError("error has no message")
 
-
+# %% ../../nbs/10_headless/04_run.ipynb #574e5232
 def _run_of(folder: Path, record: dict[str, Any]) -> Run:
     "The `Run` of a record."
     return Run(
@@ -274,16 +277,38 @@ class _Meter:
                 self.children = psutil.Process(self.pid).children(recursive=True)
                 self.counted = time.monotonic()
             seen = _high_water(self.pid)
-            for child in self.children:
-                with suppress(psutil.Error):
-                    seen += child.memory_info().rss
+            if self.children:  # what they share with the kernel counts once
+                own = psutil.Process(self.pid)
+                seen = max(seen, _share_of([own, *self.children]))
             self.peak = max(self.peak, seen)
             if self.cell is not None:
                 row = self.cells[self.cell]
                 row["peak_memory_mb"] = max(row["peak_memory_mb"], round(seen / 1e6))
 
+# %% ../../nbs/10_headless/04_run.ipynb #b883c897
+class _Signs(_Meter):
+    "What a run lets others know while it goes on."
+
+    def __init__(self):
+        super().__init__()
+        self.folder, self.record, self.touched = None, {}, 0.0  # of the run
+
+    def remember(self) -> None:
+        "Name the kernel in the record, for when this process is killed."
+        with suppress(OSError, psutil.Error):
+            self.record["kernel_process"] = _process(self.pid)
+            if self.folder:
+                write_atomic(self.folder / "metrics.json", _to_text(self.record))
+
+    def touch(self) -> None:
+        "Every ten seconds show other machines that the run goes on."
+        if self.folder and time.monotonic() - self.touched > 10:
+            self.touched = time.monotonic()
+            with suppress(OSError):
+                os.utime(self.folder / ".reserve")
+
 # %% ../../nbs/10_headless/04_run.ipynb #512fc652
-class _Watch(_Meter):
+class _Watch(_Signs):
     "What a run observes of its kernel while it runs, and the request to end it."
 
     def __init__(self):
@@ -303,11 +328,13 @@ class _Watch(_Meter):
             yield
             return
         self.pid, done = pid, threading.Event()
+        self.remember()
 
         def look():
             asked = None  # when the kernel was asked to stop
             while True:  # at least one look, however short the notebook
                 self.sample()
+                self.touch()
                 if self.stop and asked is None:
                     asked = time.monotonic()
                     # as Jupyter's stop button: the cell's outputs so far arrive
@@ -333,6 +360,25 @@ def _high_water(pid: int) -> int:
         if marks:
             return 1024 * int(marks.group(1))
     return psutil.Process(pid).memory_info().rss
+
+
+def _bytes_of(process: psutil.Process, *, shared: bool) -> int:
+    "What a process holds, in bytes; a page that n hold counts 1/n if `shared`."
+    with suppress(psutil.Error):
+        held = process.memory_full_info() if shared else process.memory_info()
+        return getattr(held, "pss", held.rss)  # outside Linux each counts all it holds
+    return 0
+
+
+def _share_of(processes: list[psutil.Process]) -> int:
+    "What processes hold at one moment, in bytes; 0 where they end faster than is read."
+    for _ in range(3):
+        shares = {each: _bytes_of(each, shared=True) for each in processes}
+        processes = [each for each in processes if _bytes_of(each, shared=False)]
+        # one that ended meanwhile left its pages to those that were read after it
+        if sum(shares.values()) == sum(shares[each] for each in processes):
+            return sum(shares.values())
+    return 0
 
 
 def _out_of_memory_kills() -> int:
@@ -484,15 +530,17 @@ def _inject(
     return place + 1
 
 # %% ../../nbs/10_headless/04_run.ipynb #29da6bda
-_JOB_PARAMETERS = "data", "model", "preset"  # what makes a job of a lesson
+_JOBS = "code", "data", "images", "model", "preset"  # what makes a job of a lesson
 
 
-def _without_lessons(
-    notebook: NotebookNode, given: Mapping[str, Any], lesson: bool | None
-) -> str:
-    "Take out the cells that only teach, if the run is a job; a note says how many."
-    if lesson is None:
-        lesson = not any(given.get(name) not in (None, "") for name in _JOB_PARAMETERS)
+def _is_lesson(given: Mapping[str, Any], lesson: bool | None) -> bool:
+    "Whether cells that only teach are run: as asked for, else unless it is a job."
+    job = any(given.get(name) not in (None, "") for name in _JOBS)
+    return not job if lesson is None else lesson
+
+
+def _without_lessons(notebook: NotebookNode, lesson: bool) -> str:
+    "Take out the cells that only teach, unless it is a lesson; a note says how many."
     kept = [cell for cell in notebook.cells if "lesson" not in cell.metadata.tags]
     count = len(notebook.cells) - len(kept)
     if lesson or not count:
@@ -807,7 +855,9 @@ def _execute(
     started.on_cell_executed = started.note_end
     try:
         with suppress(_KernelLeft):
-            started.execute(env=kernel_environment(), stdout=nowhere, stderr=said)
+            variables = {**os.environ, "BIGMODEL_CHECKPOINT": str(folder / CHECKPOINTS)}
+            env = kernel_environment(variables)
+            started.execute(env=env, stdout=nowhere, stderr=said)
     finally:
         manager.on_disk = False
         manager.cleanup_pbar()
@@ -1013,10 +1063,13 @@ def _link_first(beside: Path, path: Path) -> None:
         os.replace(beside, path)  # a file system without links
 
 # %% ../../nbs/10_headless/04_run.ipynb #c73a15b7
-def _prepare(name: str, out: str | Path | None, record: dict[str, Any]) -> Path:
+def _prepare(
+    name: str, out: str | Path | None, record: dict[str, Any], again: bool
+) -> Path:
     """Make the run's folder, with its first record, which says where it is.
 
     Raises `BadRequest` where nothing can be written, and leaves nothing behind then.
+    A run that goes on `again` has its folder.
     """
     stem = name.replace(os.sep, "/").strip("/").split("/../")[-1]
     stem = stem.removesuffix(".ipynb").lstrip("./")
@@ -1027,11 +1080,13 @@ def _prepare(name: str, out: str | Path | None, record: dict[str, Any]) -> Path:
         folder = place.absolute()
         made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "metrics.json").exists():
+        kept = _checkpoints(folder) or (folder / "metrics.json").exists()
+        if kept and not again:
             raise _Taken
         write_atomic(folder / ".reserve", "0" * 65_536)
         record["working_folder"] = str(folder)
-        _write(folder / "metrics.json", _to_text(record), _link_first)
+        put = os.replace if again else _link_first
+        _write(folder / "metrics.json", _to_text(record), put)
     except _Taken:
         raise unusable_folder(place) from None
     except (OSError, ValueError, RuntimeError) as error:  # also NUL, `~nobody`
@@ -1099,7 +1154,7 @@ def _report(notebook: NotebookNode, record: dict, title: str) -> str:
 
 def _finish(folder: Path, notebook: NotebookNode, record: dict) -> None:
     "Write notebook, report and record, or what the disk has room for. Never raises."
-    for key in ("pid", "process_started", "host"):  # of use only as long as it runs
+    for key in ("pid", "process_started", "host", "kernel_process"):  # while it runs
         record.pop(key, None)
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)  # a notebook may have deleted it
@@ -1124,6 +1179,8 @@ def _finish(folder: Path, notebook: NotebookNode, record: dict) -> None:
     for text in (_to_text(record), _to_text(short)):
         with suppress(OSError):  # not even a kilobyte: the record of the start stays
             write_atomic(folder / "metrics.json", text)
+            if record["status"] == "ok":
+                _remove_checkpoints(folder)
             return
 
 # %% ../../nbs/10_headless/04_run.ipynb #cd84a4da
@@ -1175,6 +1232,210 @@ def _conclude(
     record["metrics"] = _metrics(notebook, record["notes"])
     record["cells"] = _cell_rows(notebook, watch)
 
+# %% ../../nbs/10_headless/04_run.ipynb #01fbbaa5
+CHECKPOINTS = "checkpoints"  # a folder within that of a run
+_going_on = set()  # folders of the runs of this process
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    "What the calls of `fit` have kept in the folder of a run."
+    return sorted((folder / CHECKPOINTS).glob("fit-*"))
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    "Remove what `fit` has kept there, and nothing of the notebook's own."
+    for each in _checkpoints(folder):
+        shutil.rmtree(each, ignore_errors=True)
+    with suppress(OSError):  # it may hold other things
+        (folder / CHECKPOINTS).rmdir()
+
+
+@contextmanager
+def _marked(folder: Path) -> Iterator[None]:
+    "While the body runs, the run in `folder` goes on in this process."
+    place = os.path.realpath(folder)
+    _going_on.add(place)
+    try:
+        yield
+    finally:
+        _going_on.discard(place)
+
+
+def _goes_on(run: Run) -> bool:
+    "Whether the process of a run still runs it."
+    if run.status != "running" or run.stale:
+        return False
+    own = (run.record["pid"], run.record["host"]) == (os.getpid(), socket.gethostname())
+    return not own or os.path.realpath(run.folder) in _going_on
+
+# %% ../../nbs/10_headless/04_run.ipynb #4f6d7a34
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    "A lock on a folder while the body runs, which is told whether it was free."
+    held, free = None, True
+    with suppress(ImportError, OSError):  # a system, or a disk, without such locks
+        import fcntl
+
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+    try:
+        yield free
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+@contextmanager
+def _earlier(folder: str | Path | None, out: str | Path | None) -> Iterator[Run | None]:
+    "The run in `folder`, which nobody else takes up meanwhile. Raises `BadRequest`."
+    if out is not None and folder is not None:
+        rule = "allowed is one of them, since a run goes on in its own folder"
+        raise BadRequest(f"out and resume are both given; {rule}")
+    if folder is None:
+        if out is not None:
+            check_folder(out)
+        yield None
+        return
+    place = _read_begun(folder).folder
+    with _held(place) as free:
+        found = _read_begun(place)
+        if not free or _goes_on(found):
+            rule = "allowed is one whose process has ended"
+            raise BadRequest(f"resume is {str(folder)!r}, a run that goes on; {rule}")
+        yield found
+
+# %% ../../nbs/10_headless/04_run.ipynb #6c3a91a6
+def _read_begun(folder: str | Path) -> Run:
+    "A run, also one that was killed before its first record. Raises `BadRequest`."
+    try:
+        found = read_run(folder)
+    except (FileNotFoundError, ValueError) as error:
+        names = []
+        with suppress(OSError, ValueError, RuntimeError, TypeError):
+            place = Path(folder).expanduser().absolute()
+            names = [path.name for path in place.iterdir()]
+        if ".reserve" not in names or any(name[0] != "." for name in names):
+            said = str(error).replace("folder", "resume", 1)
+            raise BadRequest(said) from None
+        nothing = {"status": "killed", "metrics": {}, "parameters": {}}
+        return _run_of(place, nothing)
+    if found.status != "ok" and not {"notebook_file", "given_source"} <= {
+        *found.record
+    }:
+        why = "which does not say how it was started"
+        rule = "allowed is that of a run of this release"
+        raise BadRequest(f"resume is {str(folder)!r}, {why}; {rule}")
+    return found
+
+
+def _its_notebook(earlier: Run) -> str:
+    "The name or the path by which a run was started. Raises `BadRequest`."
+    file = earlier.record.get("notebook_file")
+    if file is None:
+        said = (
+            f"resume is {str(earlier.folder)!r}, where nothing says of which notebook"
+        )
+        raise BadRequest(f"{said}; allowed is to name it")
+    with suppress(BadRequest):
+        if str(find_notebook(earlier.record["notebook"])) == file:
+            return earlier.record["notebook"]
+    return file
+
+
+def _given_source(values: Mapping[str, Any], kernel: Kernel) -> dict[str, str]:
+    "Given values as text that loses nothing: source of Python, else JSON."
+    write = as_source if kernel.language == "python" else _to_text
+    return {name: write(value) for name, value in values.items()}
+
+# %% ../../nbs/10_headless/04_run.ipynb #a1215b69
+def _as_before(
+    earlier: Run,
+    path: Path,
+    kernel: Kernel,
+    declared: Mapping[str, Parameter],
+    values: Mapping[str, Any],
+    lesson: bool | None,
+) -> tuple[dict[str, Any], bool | None]:
+    "Values and `lesson` of a run. Raises `BadRequest` where this request differs."
+    record, place = earlier.record, f"the run in {str(earlier.folder)!r}"
+    if "given_source" not in record:  # it had not begun
+        return dict(values), lesson
+    if notebook_hash(path) != record["notebook_hash"]:
+        file = record["notebook_file"]
+        other = os.path.realpath(file) != os.path.realpath(path)
+        fact = f"{str(path)!r} has changed since {place} began"
+        fact = (
+            f"{place} is one of {file!r}, and not of {str(path)!r}" if other else fact
+        )
+        raise BadRequest(f"{fact}; allowed is the notebook as it was")
+    defaults = {name: declared[name].default for name in declared}
+    defaults = {name: each for name, each in defaults.items() if each is not UNKNOWN}
+    before = {**_given_source(defaults, kernel), **record["given_source"]}
+    for name, source in _given_source(values, kernel).items():
+        if source != before.get(name):
+            was = {**defaults, **record["given"]}.get(name, "not given")
+            fact = f"parameter {name!r} is {_plain(values[name])!r}"
+            rule = "allowed is what it was, or a run in another folder"
+            raise BadRequest(f"{fact}, and was {_plain(was)!r} in {place}; {rule}")
+    if lesson not in (None, record["lesson"]):
+        rule = "allowed is what it was"
+        was = f"and was {record['lesson']} in {place}"
+        raise BadRequest(f"lesson is {lesson}, {was}; {rule}")
+    # what the kernel would evaluate in any case
+    read = (lambda text: eval(text, {})) if kernel.language == "python" else json.loads
+    given = {name: read(text) for name, text in record["given_source"].items()}
+    return given, record["lesson"]
+
+# %% ../../nbs/10_headless/04_run.ipynb #d846fa94
+def _add_attempts(record: dict[str, Any], earlier: Run) -> None:
+    "Note in `record` how often the run was begun before, and how each time ended."
+    before = earlier.record
+    if "started" not in before:  # it had not begun
+        return
+    status = "killed" if earlier.status == "running" else earlier.status
+    said = earlier.error["message"] if earlier.error else "its process was ended"
+    last = {"started": before["started"], "status": status, "message": said}
+    last["seconds"] = before.get("seconds", _seconds_until_killed(earlier))
+    record["attempts"] = [*before.get("attempts", []), last]
+    record["resumed"] = len(record["attempts"])
+    spent = [_mapping(each).get("seconds") for each in record["attempts"]]
+    spent = sum(each for each in spent if isinstance(each, _NUMBER))
+    record["seconds_total"] = round(spent, 2)
+    times = "once" if record["resumed"] == 1 else f"{record['resumed']} times"
+    record["notes"].append(f"resumed {times}, after {spent:.0f} s before")
+    for name, now in record["versions"].items():
+        was = before.get("versions", {}).get(name, now)
+        if was != now:
+            note = f"resumed with another version of {name}, {now} and not {was}"
+            record["notes"].append(note)
+
+
+def _seconds_until_killed(run: Run) -> float:
+    "How long a run went on that left no end, by the last file that it wrote."
+    files = [
+        run.folder / name for name in ("metrics.json", ".reserve", "notebook.ipynb")
+    ]
+    files += (run.folder / CHECKPOINTS).rglob("*")
+    last = max((each.stat().st_mtime for each in files if each.exists()), default=0)
+    started = datetime.fromisoformat(run.record["started"]).timestamp()
+    return max(0.0, round(last - started, 2))
+
+
+def _end_kernel(run: Run) -> None:
+    "Wait for the kernel of a run whose process was killed; after 5 s, kill it."
+    known = run.record.get("kernel_process")
+    with suppress(psutil.Error, KeyError, TypeError):
+        if known["host"] == socket.gethostname() and _is_running(known):
+            kernel = psutil.Process(known["pid"])
+            with suppress(psutil.TimeoutExpired):
+                kernel.wait(5)
+                return
+            _signal(kernel.pid, signal.SIGKILL)
+            kernel.wait(5)
+
 # %% ../../nbs/10_headless/04_run.ipynb #d7fdeda0
 def _first_record(
     name: str,
@@ -1182,6 +1443,7 @@ def _first_record(
     declared: Mapping[str, Parameter],
     values: Mapping[str, Any],
     kernel: Kernel,
+    lesson: bool,
 ) -> dict[str, Any]:
     "What is known about a run before it starts."
     defaults = {key: each.default for key, each in declared.items()}
@@ -1193,16 +1455,22 @@ def _first_record(
         "parameters": plan,
         "unknown": [key for key in defaults if key not in plan],
         "given": dict(values),
+        "given_source": _given_source(values, kernel),
+        "lesson": lesson,
+        "resumed": 0,
+        "attempts": [],  # those before
+        "seconds_total": 0.0,  # theirs, and in the end this one's too
         "versions": library_versions(),
         "seed": plan.get("seed"),
         "notebook": name,
         "notebook_hash": notebook_hash(path),
         "notebook_folder": str(path.parent),
+        "notebook_file": str(path),
         "git": _commit(path),
         "kernel_name": kernel.name,
         "notes": [kernel.note] if kernel.note else [],
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        **_this_process(),
+        **_process(os.getpid()),
     }
 
 # %% ../../nbs/10_headless/04_run.ipynb #c19847e3
@@ -1281,46 +1549,28 @@ def _attempt(
         return raised
     return None
 
-# %% ../../nbs/10_headless/04_run.ipynb #f7ad9bc4
-def run(
-    name: str | Path,  # a notebook of the course, or a path to any notebook
-    parameters: Mapping[str, Any] | None = None,  # values that replace defaults
-    /,
-    out: str | Path | None = None,  # folder of the run; default `runs/NAME/TIME` here
-    timeout: float | None = None,  # seconds that one cell may take; default: no limit
-    progress: bool = False,  # show papermill's progress bar on stderr
-    parse_text: bool = False,  # read values that are `str` as text of a terminal
-    lesson: bool | None = None,  # keep cells tagged "lesson"; default: see below
-    **more: Any,  # further parameters, by keyword
+# %% ../../nbs/10_headless/04_run.ipynb #7316e42a
+def _carry_out(
+    notebook: NotebookNode,
+    record: dict[str, Any],
+    plan: tuple[Path, Kernel, int | None, list[str]],
+    place: str | Path | None,
+    again: bool,
+    timeout: float | None,
+    progress: bool,
 ) -> Run:
-    """Execute a notebook headlessly.
-
-    Cells tagged "lesson" are left out where `data`, `model` or `preset` is given,
-    unless `lesson` says otherwise. Raises `BadRequest` before anything starts, and
-    `RunFailed` when the run did not end `ok`.
-    """
-    _check_timeout(timeout)
-    if out is not None:
-        check_folder(out)
-    path, notebook = _read(name)
-    kernel, declared = choose_kernel(notebook), {}
-    values = {**(parameters or {}), **more}
-    if kernel.language == "python":  # of other languages' parameters nothing is known
-        declared = read_parameters(notebook)
-        values = check_parameters(declared, values, parse_text)
-    left_out = _without_lessons(notebook, values, lesson)
-    last, names = _make_ready(notebook, values, kernel), list(declared)
-    record = _first_record(str(name), path, declared, values, kernel)
-    version = notebook.metadata.pop("orig_nbformat")
-    old = f"the file is of format {version}, and was read as format 4"
-    record["notes"] += filter(None, [left_out, old if version != 4 else ""])
+    "Execute `notebook` in the folder `place`. Raises `RunFailed`, `BadRequest`."
+    (path, kernel, last, names), name = plan, record["notebook"]
     watch, start = _Watch(), time.perf_counter()
     with stoppable(_Unstoppable()):
         with stoppable(watch):  # a run that is stopped here has a record too
-            folder = _prepare(str(name), out, record)
+            folder = _prepare(name, place, record, again)
+        watch.folder, watch.record = folder, record
         manager = _manager(notebook, folder / "notebook.ipynb", watch, progress)
-        error = _attempt(manager, path, watch, kernel, last, names, folder, timeout)
+        with _marked(folder):
+            error = _attempt(manager, path, watch, kernel, last, names, folder, timeout)
         record["seconds"] = round(time.perf_counter() - start, 2)
+        record["seconds_total"] = round(record["seconds_total"] + record["seconds"], 2)
         try:
             _conclude(record, notebook, watch, error, timeout, names)
         except BaseException as fault:  # a mistake in this module
@@ -1330,3 +1580,58 @@ def run(
     if done.status != "ok":
         raise RunFailed(done)
     return done
+
+# %% ../../nbs/10_headless/04_run.ipynb #f7ad9bc4
+def run(
+    name: str | Path | None = None,  # a notebook of the course, or a path to any one
+    parameters: Mapping[str, Any] | None = None,  # values that replace defaults
+    /,
+    out: str | Path | None = None,  # folder of the run; default `runs/NAME/TIME` here
+    timeout: float | None = None,  # seconds that one cell may take; default: no limit
+    progress: bool = False,  # show papermill's progress bar on stderr
+    parse_text: bool = False,  # read values that are `str` as text of a terminal
+    lesson: bool | None = None,  # keep cells tagged "lesson"; default: see below
+    resume: str | Path | None = None,  # folder of a run that did not end `ok`
+    **more: Any,  # further parameters, by keyword
+) -> Run:
+    """Execute a notebook headlessly.
+
+    Cells tagged "lesson" are left out where `code`, `data`, `images`, `model` or
+    `preset` is given, unless `lesson` says otherwise. Raises `BadRequest` before
+    anything starts, and `RunFailed` when the run did not end `ok`.
+
+    The kernel finds a folder in its variable BIGMODEL_CHECKPOINT, `checkpoints` in that
+    of the run: there `fit` keeps what it needs to go on, until the run ends `ok`.
+    `resume` starts a run again, in its folder, with its notebook and parameters, which
+    need not be given; one that ended `ok` is returned as it is.
+    """
+    _check_timeout(timeout)
+    values = {**(parameters or {}), **more}
+    with _earlier(resume, out) as earlier:
+        if earlier and name is None:
+            name = _its_notebook(earlier)
+        path, notebook = _read(name)
+        kernel, declared = choose_kernel(notebook), {}
+        if kernel.language == "python":  # of other languages' parameters none is known
+            declared = read_parameters(notebook)
+            values = check_parameters(declared, values, parse_text)
+        if earlier:
+            asked = path, kernel, declared, values, lesson
+            values, lesson = _as_before(earlier, *asked)
+            if earlier.status == "ok":
+                return earlier
+        lesson = _is_lesson(values, lesson)
+        left_out = _without_lessons(notebook, lesson)
+        last, names = _make_ready(notebook, values, kernel), list(declared)
+        record = _first_record(str(name), path, declared, values, kernel, lesson)
+        version = notebook.metadata.pop("orig_nbformat")
+        old = f"the file is of format {version}, and was read as format 4"
+        record["notes"] += filter(None, [left_out, old if version != 4 else ""])
+        if earlier:
+            _end_kernel(earlier)
+            _add_attempts(record, earlier)
+        place = earlier.folder if earlier else out
+        plan = path, kernel, last, names
+        return _carry_out(
+            notebook, record, plan, place, bool(earlier), timeout, progress
+        )

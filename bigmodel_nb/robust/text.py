@@ -24,12 +24,8 @@ import torch
 from IPython.display import HTML
 from torch import Tensor, nn
 
-from bigmodel_nb.adapting.finetune import (
-    SentenceEncoder,
-    TextClassifier,
-    _by_length,
-    max_positions,
-)
+from ..adapting.classifier import TextClassifierModule
+from ..adapting.features import SentenceEncoder, map_texts, max_positions
 from bigmodel_nb.foundations.losses import (
     cross_entropy,
     kl_divergence,
@@ -72,8 +68,8 @@ def _table(model: nn.Module) -> nn.Module:
             return part.get_input_embeddings()
     raise TypeError(
         f"model is a {kind}; allowed are classifiers with `get_input_embeddings`, of"
-        " their own or of their `encoder`, such as TextClassifier and those of"
-        " transformers"
+        " their own or of their `encoder`, such as TextClassifierModule and those"
+        " of transformers"
     )
 
 
@@ -720,20 +716,20 @@ def _probabilities(
 # %% ../../nbs/06_robust/05_text.ipynb #c9656e43
 def _asked(model: Any) -> Callable[[list[str]], Tensor]:
     "What gives probabilities (text, class), float64 on the CPU, for a list of texts."
-    if isinstance(model, TextClassifier):
+    if isinstance(model, TextClassifierModule):
 
         def probabilities(texts: list[str]) -> Tensor:
             with _guest(model):
-                logits = _by_length(TextClassifier.forward, model, texts, 64)
+                logits = map_texts(TextClassifierModule.forward, model, texts, 64)
                 return softmax(logits.double())
 
         return probabilities
     ask = getattr(model, "predict_proba", model)
     if isinstance(model, nn.Module) or not callable(ask):
         raise TypeError(
-            f"model is a {type(model).__name__}; allowed are a TextClassifier, an"
-            " estimator with predict_proba, a pipeline of transformers, or a function"
-            " from a list of texts to probabilities (text, class)"
+            f"model is a {type(model).__name__}; allowed are a TextClassifierModule,"
+            " an estimator with predict_proba, a pipeline of transformers, or a"
+            " function from a list of texts to probabilities (text, class)"
         )
     inner = getattr(model, "model", None)
     is_pipeline = isinstance(inner, nn.Module) and hasattr(model, "tokenizer")
@@ -861,7 +857,7 @@ class _WordAttack:
 
     def __call__(
         self,
-        model: Any,  # TextClassifier, pipeline, estimator, function to probabilities
+        model: Any,  # TextClassifierModule, pipeline, estimator, or function
         texts: Sequence[str],  # texts
         labels: Sequence[int],  # number of the true class of each
     ) -> pd.DataFrame:  # a row a text

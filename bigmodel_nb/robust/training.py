@@ -12,7 +12,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from statistics import median
 from time import perf_counter
@@ -41,6 +41,7 @@ from bigmodel_nb.robust.attacks import (
     robust_accuracy,
 )
 from ..training.loop import History, forward, match_dtype
+from ..training.objective import KeepsState
 
 # %% ../../nbs/06_robust/02_training.ipynb #ecaf0f49
 class _Climb(_Slope):
@@ -74,7 +75,7 @@ class _Inner(PGD):
         return super()._found(slope, x, slope.aim(x, y))
 
 # %% ../../nbs/06_robust/02_training.ipynb #42898c4d
-class RobustObjective:
+class RobustObjective(KeepsState):
     """What the objectives for `training.fit` share: an attack, then a loss under it.
 
     `objective(model, input, target)` attacks in evaluation mode, then gives a scalar in
@@ -82,6 +83,7 @@ class RobustObjective:
     objective.
     """
 
+    kept = ("_calls",)
     loss_passes = 1  # forward and full backward passes that the loss takes
     _climb = _Climb
 
@@ -362,13 +364,15 @@ def _uphill(
     return changes
 
 # %% ../../nbs/06_robust/02_training.ipynb #f1c3b031
-class AWP:
+class AWP(KeepsState):
     """An objective for `training.fit`: another one at the worst weights nearby.
 
     Each weight of two dimensions or more moves by `gamma` times its Frobenius norm, one
     step uphill. The gradient is taken there, for the weights as they are; they are not
     touched. Source: Wu, Xia and Wang 2020, eq. 7 to 9.
     """
+
+    kept = ("objective",)
 
     def __init__(
         self,
@@ -447,8 +451,10 @@ class RepeatBatches:
         return (batch for batch in self.loader for _ in range(self.replays))
 
 # %% ../../nbs/06_robust/02_training.ipynb #696f1dc2
-class _KeptChange:
+class _KeptChange(KeepsState):
     "A change of the inputs that each backward pass through it moves uphill."
+
+    kept = ("change",)
 
     def __init__(self, attack: FGSM):
         self.attack, self.change = attack, None
@@ -457,6 +463,7 @@ class _KeptChange:
         "The inputs with the change, a leaf that keeps watch for its gradient."
         eps, norm, bounds = self.attack.eps, self.attack.norm, self.attack.bounds
         kept, n = self.change, len(input)
+        kept = self.change = kept if kept is None else kept.to(input)
         if kept is None or kept.shape[1:] != input.shape[1:] or len(kept) < n:
             kept = self.change = torch.zeros_like(input)
         change = _project(kept[:n], input, eps, norm, bounds)
@@ -482,6 +489,8 @@ class FreeTraining(RobustObjective):
     kept from call to call, from one batch to the next too, and starts at 0. Source:
     Shafahi et al. 2019, algorithm 1.
     """
+
+    kept = ("_kept",)
 
     def __init__(
         self,
@@ -652,7 +661,7 @@ class _Checks:
         self.model, self.held_out, self.attack = model, [(input, target)], attack
         self.one_step = FGSM(attack.eps, attack.norm, bounds=attack.bounds)
         self.constant = max(Counter(target.tolist()).values()) / len(target)
-        self.checks, self.best = [], None
+        self.checks, self.best, self.raised_at = [], None, None
         self.look(0)
 
     def look(self, batch: int) -> dict:
@@ -668,6 +677,34 @@ class _Checks:
             self.best = now
             self.best_weights = copy.deepcopy(self.model.state_dict())
         return now
+
+    def state_dict(self) -> dict[str, Any]:
+        "The checks so far, and the weights of the best."
+        checks = [
+            {
+                name: asdict(each) if name != "batch" else each
+                for name, each in x.items()
+            }
+            for x in self.checks
+        ]
+        best = next(i for i, each in enumerate(self.checks) if each is self.best)
+        weights = dict(self.best_weights)
+        raised = {"raised_at": self.raised_at}
+        return {"checks": checks, "best": best, "best_weights": weights} | raised
+
+    def load_state_dict(
+        self,
+        state: dict[str, Any],  # as `state_dict` gives
+    ) -> None:
+        "Go on from there."
+        self.checks = [
+            {k: Proportion(**each) if k != "batch" else each for k, each in x.items()}
+            for x in state["checks"]
+        ]
+        self.best = self.checks[state["best"]]
+        self.best_weights, self.raised_at = state["best_weights"], state["raised_at"]
+        if self.raised_at is not None and self.cure not in (None, "stop"):
+            self.cure.attack = self.attack
 
 # %% ../../nbs/06_robust/02_training.ipynb #6a53c8eb
 class CatastrophicOverfittingAlarm(_Checks):
@@ -694,7 +731,7 @@ class CatastrophicOverfittingAlarm(_Checks):
         every: int | None = None,  # check after so many batches; default: each epoch
     ):
         _check_alarm(attack, cure, every, target)
-        self.cure, self.every, self.raised_at = cure, every, None
+        self.cure, self.every = cure, every
         super().__init__(model, input, target, attack)
 
     def on_batch_end(self, history: History) -> None:

@@ -289,7 +289,9 @@ def test_module_page_says_what_the_source_says(chromium, site):
             "dl.py.function", has=tab.locator("[id='bigmodel_nb.headless.cli.run']")
         )
         rows = entry.locator("table tr").evaluate_all(cells)
-        assert ["name", "str", "A notebook of the course, or a path."] in rows
+        # an option keeps both of its dashes
+        told = "A notebook of the course, or a path; with --resume it may be left out."
+        assert ["name", "str | None", told] in rows
 
 
 def test_search_finds_a_page(chromium, site):

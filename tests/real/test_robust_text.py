@@ -5,12 +5,14 @@ import math
 import pandas as pd
 import torch
 
-from bigmodel_nb.adapting.finetune import (
-    SentenceEncoder,
-    TextClassifier,
+from bigmodel_nb.adapting.classifier import (
+    TextClassifierModule,
     fit_linear_probe,
-    load_encoder,
     load_probe,
+)
+from bigmodel_nb.adapting.features import (
+    SentenceEncoder,
+    load_encoder,
     tokenized_loader,
 )
 from bigmodel_nb.robust.attacks import PGD
@@ -38,7 +40,9 @@ def test_a_reader_of_film_reviews_falls_in_embeddings_and_to_typos(real_data):
     )
     encoder, tokenizer = load_encoder()
     encoder.encoder.layer = encoder.encoder.layer[:1]
-    reader = TextClassifier(encoder, tokenizer, ["negative", "positive"], 32).eval()
+    reader = TextClassifierModule(
+        encoder, tokenizer, ["negative", "positive"], 32
+    ).eval()
     vectors = SentenceEncoder.encode(reader, texts)
     load_probe(
         reader,
