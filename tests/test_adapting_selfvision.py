@@ -53,7 +53,7 @@ def expect_selfvision(m):
 
 
 undecided_selfvision = {
-    "information.centring and sharpening": "of one run",
+    "information.centring and sharpening": "the spread of one run",
     "information.no centring": "of one run, which is about to collapse",
     "entropies_without_centring": "of one run, which is about to collapse",
 }

@@ -242,7 +242,7 @@ def test_map_leads_to_every_notebook(chromium, site):
             box["height"] >= 24 and box["left"] >= 0 and box["right"] <= PHONE["width"]
             for box in boxes
         )
-        text = tab.locator("article").inner_text()
+        text = tab.locator("article").inner_text().replace("\u2019", "'")
         for name in catalogue():
             said = declaration(name)
             assert said.title in text and said.cost.rstrip(".") in text
