@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,19 +176,23 @@ _CHILD = "import sys; from bigmodel_nb.training.resume import run_target as run;
 _CHILD += "run(*sys.argv[1:])"
 
 
-def _holds_a_file(folder: Path) -> bool:
-    "Whether a file lies in a folder, at any depth; none that is hidden."
-    for _, folders, names in os.walk(folder):
+def _written(folder: Path) -> dict[str, int]:
+    "When each file in a folder was written, at any depth; none that is hidden."
+    found = {}
+    for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if any(not name.startswith(".") for name in names):
-            return True
-    return False
+        for name in names:
+            if not name.startswith("."):
+                with suppress(OSError):  # it has gone in the meantime
+                    file = os.path.join(place, name)
+                    found[file] = os.stat(file).st_mtime_ns
+    return found
 
 
-def _first_file(process: subprocess.Popen, folder: Path) -> float:
-    "Seconds until a file lies in the folder, or until the process ends."
+def _first_write(process: subprocess.Popen, folder: Path, before: dict) -> float:
+    "Seconds until the files differ from what they were, or until the process ends."
     start = time.monotonic()
-    while process.poll() is None and not _holds_a_file(folder):
+    while process.poll() is None and _written(folder) == before:
         time.sleep(0.005)
     return time.monotonic() - start
 
@@ -206,7 +211,7 @@ class _Audit:
     folder: Path
     timeout: float
     kills: list = field(default_factory=list)
-    first: float = 0.0  # seconds to the first file of a run
+    first: float = 0.0  # seconds to the first file of a whole run
 
     def go(self, name: str, kill: tuple[str, float] | None = None) -> float:
         "Seconds of `train`; 0 if it is killed, as `kill` says. Raises `RuntimeError`."
@@ -214,13 +219,15 @@ class _Audit:
         begun = result.with_name(f"{result.name}.begun")
         work.mkdir(exist_ok=True)
         begun.unlink(missing_ok=True)
+        before = _written(work)
         paths = os.pathsep.join(each or os.getcwd() for each in sys.path)
         with open(self.folder / f"{name}.log", "wb") as log:
             command = [sys.executable, "-c", _CHILD, self.named, str(work), str(result)]
             environment = os.environ | {"PYTHONPATH": paths}
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             try:
-                self.watch(process, begun, kill)
+                first = partial(_first_write, process, work, before)
+                self.watch(process, begun, kill, first)
             finally:
                 process.kill()  # which does nothing to one that has ended
                 process.wait()
@@ -230,8 +237,8 @@ class _Audit:
         ended = begun.with_suffix(".ended")  # without the start and end of the process
         return 0.0 if kill else ended.stat().st_mtime - begun.stat().st_mtime
 
-    def watch(self, process: subprocess.Popen, begun: Path, kill: Any) -> None:
-        "Wait for the beginning, send the signal, wait for the end."
+    def watch(self, process: Any, begun: Path, kill: Any, first: Callable) -> None:
+        "Wait for the beginning and the first write, send the signal, wait for the end."
         until = time.monotonic() + self.timeout
         while not begun.exists() and process.poll() is None:
             if time.monotonic() > until:
@@ -239,14 +246,15 @@ class _Audit:
             time.sleep(0.002)
         start = time.monotonic()
         try:
-            if not kill and not self.first:
-                self.first = _first_file(process, begun.with_suffix("").with_suffix(""))
-            if kill:
+            if not kill:
+                self.first = self.first or first()
+            else:  # counted from its own first write: a busy machine starts late
+                first()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(kill[1])
                 if process.poll() is None:
                     process.send_signal(getattr(signal, kill[0]))
-                    self.kills.append(kill)
+                    self.kills.append((kill[0], time.monotonic() - start))
             process.wait(30 if kill else max(0.0, until - start))
         except subprocess.TimeoutExpired:
             if not kill:
@@ -318,9 +326,8 @@ def check_resume(
     for number in range(kills):
         # in all as long as a run after its first file, so that they lie all along it
         moment = draw.uniform(0, 2 * (seconds - audit.first) / (kills + 1))
-        kill = signals[number % len(signals)], audit.first + moment
-        audit.go("stopped", kill)
-        went_on += len(audit.kills) > number and _holds_a_file(path / "stopped")
+        audit.go("stopped", (signals[number % len(signals)], moment))
+        went_on += len(audit.kills) > number and bool(_written(path / "stopped"))
     try:
         audit.go("stopped")
         differs = differing(whole, load_tree(path / "stopped.result"))
