@@ -80,14 +80,21 @@ def _check_number(name: str, value: float, within: Callable, allowed: str) -> No
         raise ValueError(f"{name} is {value!r}; allowed is {allowed}")
 
 
-def _check_rates(learning_rate: float, layer_decay: float, weight_decay: float) -> None:
-    "Raises `ValueError`."
+def _checked_depth(
+    classifier: nn.Module, learning_rate: float, layer_decay: float, weight_decay: float
+) -> int:
+    "How many layers its encoder has. Raises `ValueError` for what cannot be trained."
     above = lambda each: 0 < each < math.inf
     _check_number("learning_rate", learning_rate, above, "a number above 0")
     within = lambda each: 0 < each <= 1
     _check_number("layer_decay", layer_decay, within, "a number above 0, to 1")
     least = lambda each: 0 <= each < math.inf
     _check_number("weight_decay", weight_decay, least, "a number of at least 0")
+    if not any(each.requires_grad for each in classifier.parameters()):
+        allowed = "allowed is at least one parameter that requires a gradient"
+        raise ValueError(f"classifier has nothing to train; {allowed}")
+    config = getattr(classifier.encoder, "config", None)
+    return getattr(config, "num_hidden_layers", 0)
 
 # %% ../../nbs/05_adapting/04_classifier.ipynb #3bd36e4b
 def sample_rows(
@@ -485,12 +492,10 @@ def parameter_groups(
     """Trained parameters by learning rate and weight decay, for `torch.optim.AdamW`.
 
     Embeddings are known by "embeddings" in the name, layers by "layer" or "layers" and
-    a number; what has other names learns like the topmost layer. Raises `ValueError`
-    for factors that cannot work, and where no parameter requires a gradient.
+    a number; others learn like the topmost layer. Raises `ValueError` for bad factors.
     """
-    _check_rates(learning_rate, layer_decay, weight_decay)
-    config = getattr(classifier.encoder, "config", None)
-    groups, depth = {}, getattr(config, "num_hidden_layers", 0)
+    rates = learning_rate, layer_decay, weight_decay
+    groups, depth = {}, _checked_depth(classifier, *rates)
     for name, parameter in classifier.named_parameters():
         layer = re.search(r"^encoder\..*\blayers?\.(\d+)\.", name)
         below = 0 if layer is None else depth - 1 - int(layer.group(1))
@@ -498,9 +503,6 @@ def parameter_groups(
         key = learning_rate * factor, weight_decay if parameter.dim() > 1 else 0.0
         if parameter.requires_grad:
             groups.setdefault(key, []).append(parameter)
-    if not groups:
-        allowed = "allowed is at least one parameter that requires a gradient"
-        raise ValueError(f"classifier has nothing to train; {allowed}")
     return [
         {"params": each, "lr": key[0], "weight_decay": key[1]}
         for key, each in groups.items()
