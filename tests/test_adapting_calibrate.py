@@ -72,6 +72,17 @@ def expect_calibrate(m):
         "suspicious rows are wrong far more often than any row"
     )
     assert found["recall"]["value"] > 0.4, "and hold many of the wrong labels"
+    plainer, as_many = (
+        m["recall_of_the_plainer_rule"],
+        planted["as many, lowest probability of the label"],
+    )
+    assert as_many["rows"] == found["rows"] and plainer["high"] > 0, (
+        "a plainer rule is not behind on as many rows"
+    )
+    by_class = m["difference_by_class"]
+    assert by_class["balanced"]["1"]["low"] > 0 > by_class["balanced"]["0"]["high"], (
+        "with weights the classes are off in opposite directions"
+    )
     assert m["planted_labels_in_sample"]["recall"]["high"] < found["recall"]["low"], (
         "but not where the classifier has learnt the wrong labels"
     )
@@ -166,9 +177,9 @@ def test_temperature_of_two_classes_takes_one_logit():
 @pytest.mark.parametrize(
     "z, target, words",
     [
-        ([[2, 0], [0, 1]], [0, 1], "all targets first"),
-        ([[2, 0], [0, 1]], [1, 0], "no targets on the mean first"),
-        ([[1, 1], [3, 3]], [0, 1], "no targets on the mean first"),
+        ([[2, 0], [0, 1]], [0, 1], "highest for the true class in every row"),
+        ([[2, 0], [0, 1]], [1, 0], "no higher for the true class"),
+        ([[1, 1], [3, 3]], [0, 1], "no higher for the true class"),
         ([[1, math.inf], [3, 3]], [0, 1], "logits holds [1.0, inf] in row 0"),
         ([[1, 0], [3, 3]], [0, 2], "target holds 2 in row 1"),
     ],
@@ -545,6 +556,20 @@ def test_labels_that_are_words_are_told(name):
         (lambda p, y: classwise_calibration(p[:, 0], y == 0), "(row, class)"),
         (lambda p, y: suspicious_labels(p[:, 0], y == 0), "(row, class)"),
         (lambda p, y: reliability(p[:, 0], 2 * (y > 0)), "target holds 2"),
+        (lambda p, y: overconfidence(p[:1], y[:1]), "probabilities has one row"),
+        (lambda p, y: calibrate.calibrated_reference(0.5), "has the shape ()"),
+        (lambda p, y: plot_reliability({}, "title"), "frames holds 0 tables"),
+        (lambda p, y: plot_reliability(pd.DataFrame(p), "title"), "1 tables, 0 fit"),
+        (lambda p, y: confusion_matrix(y - 1, y, 3), "targets holds -1"),
+        (lambda p, y: confusion_matrix(y, y + 0.5, 3), "predicted holds"),
+        (lambda p, y: confusion_matrix(y, y[:3], 3), "predicted (3,)"),
+        (lambda p, y: confusion_matrix(y, y, 0), "classes is 0"),
+        (lambda p, y: confused_pairs(np.ones((3, 3)), ["a"]), "labels 1 entries"),
+        (lambda p, y: macro_f1(np.zeros((2, 2))), "sums to 0"),
+        (lambda p, y: macro_f1(np.ones((2, 3))), "counts has the shape (2, 3)"),
+        (lambda p, y: bootstrap(macro_f1, np.zeros((2, 2))), "sums to 0"),
+        (lambda p, y: bootstrap(macro_f1, 0.3 * np.eye(2)), "whole numbers"),
+        (lambda p, y: bootstrap(macro_f1, np.eye(2), draws=0), "draws is 0"),
     ],
 )
 def test_options_are_checked(call, words):
@@ -687,9 +712,24 @@ def test_decimal_commas_and_whole_labels_are_read():
         ({"p_no": None}, {}, "column 'p_no' holds"),
         ({}, {"prediction": "truth"}, "prediction is given alone"),
         ({}, {"confidence": "p_no"}, "confidence is given alone"),
-        ({}, {"prediction": "truth", "confidence": "sure"}, "confidence is 'sure'"),
+        (
+            {"said": "no"},
+            {"prediction": "said", "confidence": "sure"},
+            "confidence is 'sure'",
+        ),
         ({"truth": None}, {}, "no row has one"),
         ({}, {"prefix": "q_"}, "no column 'q_"),
+        ({}, {"prediction": "truth", "confidence": "p_no"}, "three different columns"),
+        (
+            {"said": "no"},
+            {"prediction": "said", "confidence": "p_no", "prefix": "p_"},
+            "prefix and prediction are both given",
+        ),
+        (
+            {"said": None},
+            {"prediction": "said", "confidence": "p_no"},
+            "column 'said' is empty in row 1",
+        ),
     ],
 )
 def test_tables_that_cannot_be_read_are_told(change, options, words):
@@ -698,6 +738,21 @@ def test_tables_that_cannot_be_read_are_told(change, options, words):
     with pytest.raises(ValueError) as error:
         read_predictions(table, **{"label": "truth"} | options)
     one_sentence(error, words)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 19), st.integers(0, 19))
+def test_a_row_is_told_by_its_number_in_the_table(empty, bad):
+    "Also where rows without a label come before it."
+    table = pd.DataFrame({"label": ["no", "yes"] * 11, "p_no": 0.5, "p_yes": 0.5})
+    table.loc[empty, "label"] = None
+    table.loc[bad, "p_no"] = 0.75
+    if empty == bad:  # what has no label is not read
+        assert len(read_predictions(table).rows) == 21
+        return
+    with pytest.raises(ValueError) as error:
+        read_predictions(table)
+    one_sentence(error, f"sum to 1.25 in row {bad + 1};", "allowed")
 
 
 def outputs(done):
@@ -717,8 +772,11 @@ def test_a_report_on_a_table_of_predictions(tmp_path):
         overconfidence(p, target).value
     )
     assert 2 < m["temperature"] < 4.5 and m["log_loss_change"]["high"] < 0
-    suspects = suspicious_labels(p, target)
+    scaled = softmax(np.log(p) / m["temperature"])
+    suspects = suspicious_labels(scaled, target)
     assert m["suspicious_labels"] == len(suspects)
+    chance = m["suspicious_by_chance"]
+    assert chance["low"] <= len(suspects) <= chance["high"], "no label is wrong here"
     text = outputs(done)
     assert f"note {suspects['row'][0]}" in text and "promises_broken" not in m
     for absent in ("Reviews:", "telecom", "Nothing to check yet"):

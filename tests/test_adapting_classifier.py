@@ -19,17 +19,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
-from bigmodel_nb.adapting.calibrate import (
-    bootstrap,
-    confused_pairs,
-    confusion_matrix,
-    macro_f1,
-)
 from bigmodel_nb.adapting.classifier import (
     TextClassifierModule,
     describe_tokens,
@@ -50,7 +43,6 @@ from bigmodel_nb.adapting.features import (
     mean_pool,
     tokenized_loader,
 )
-from bigmodel_nb.kit.core import Estimate
 from bigmodel_nb.models.pretrained import MODELS
 from bigmodel_nb.training.loop import predict
 
@@ -734,49 +726,6 @@ def test_tfidf_reads_words_and_unparted_scripts():
 # measures
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.lists(
-        st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60
-    )
-)
-def test_macro_f1_is_scikit_learns(rows):
-    targets, found = np.array(rows).T
-    counts = confusion_matrix(targets, found, 5)
-    assert counts.sum() == len(rows) and counts[targets[0], found[0]] >= 1
-    assert macro_f1(counts) == pytest.approx(f1_score(targets, found, average="macro"))
-    assert macro_f1(np.stack([counts, counts])).shape == (2,)
-
-
-def test_confusion_takes_booleans():
-    assert confusion_matrix(
-        np.array([True, True, False]), np.array([True, False, False]), 2
-    ).tolist() == [[1, 0], [1, 1]]
-
-
-def test_bootstrap_covers_as_promised():
-    share = lambda counts: counts[..., 0] / counts.sum(-1)
-    found = bootstrap(share, np.array([60, 40]), draws=4000)
-    half = 1.96 * (0.6 * 0.4 / 100) ** 0.5
-    assert (
-        found.value == 0.6
-        and found.low == pytest.approx(0.6 - half, abs=0.02)
-        and found.high == pytest.approx(0.6 + half, abs=0.02)
-    )
-    assert found == bootstrap(share, np.array([60, 40]), draws=4000)
-    assert type(found) is Estimate and found.n == 100
-    sure = bootstrap(share, np.array([50, 0]))
-    assert sure.low == sure.high == 1
-
-
-def test_confused_pairs():
-    counts = np.array([[5, 3, 0], [1, 7, 0], [0, 9, 1]])
-    pairs = confused_pairs(counts, ["a", "b", "c"], limit=2)
-    assert pairs.values.tolist() == [["c", "b", 9, 0.9], ["a", "b", 3, 0.375]]
-    assert confused_pairs(np.diag([1, 2]), ["a", "b"]).empty
-    json.dumps(pairs.to_dict("records"))
-
-
 def test_frozen_model_is_left_as_it_was(minilm):
     encoder = minilm[0]
     before = copy.deepcopy(encoder.state_dict())
@@ -1176,6 +1125,15 @@ def test_training_refuses(minilm):
         ({"epochs": "3"}, "epochs is '3'"),
         ({"warmup": -0.1}, "warmup is -0.1"),
         ({"warmup": 2}, "warmup is 2"),
+        ({"warmup": "0.1"}, "warmup is '0.1'"),
+        ({"learning_rate": -1}, "learning_rate is -1"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"learning_rate": "x"}, "learning_rate is 'x'"),
+        ({"layer_decay": 0}, "layer_decay is 0"),
+        ({"layer_decay": 1.5}, "layer_decay is 1.5"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"keep": "best"}, "keep is 'best'"),
+        ({"patience": 1}, "patience is 1"),
     ):
         with pytest.raises(ValueError) as error:
             finetune(tiny(minilm), batches, device="cpu", **options)
@@ -1191,16 +1149,113 @@ def test_training_refuses(minilm):
     one_sentence(error, "targets holds the classes 0, 2", "each of 0, 1, 2")
 
 
+def test_training_refuses_what_is_frozen(minilm):
+    classifier = tiny(minilm).requires_grad_(False)
+    with pytest.raises(ValueError) as error:
+        parameter_groups(classifier)
+    one_sentence(error, "nothing to train", "allowed")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"vectors": torch.ones(4)}, "vectors and targets have the shapes (4,)"),
+        ({"targets": torch.tensor([0, 1])}, "vectors and targets have the shapes"),
+        ({"vectors": torch.full((4, 3), math.nan)}, "vectors holds other than numbers"),
+        ({"valid_vectors": torch.ones(4, 2)}, "valid_vectors are 2 wide"),
+        ({"valid_vectors": torch.ones(0, 3)}, "valid_vectors and valid_targets have"),
+        ({"targets": torch.zeros(4).long()}, "holds the classes 0;"),
+        ({"targets": torch.tensor([-1, 0, 1, 0])}, "holds the classes -1, 0, 1"),
+        ({"penalties": ()}, "penalties is empty"),
+        ({"penalties": (1.0, -1.0)}, "penalties is -1.0"),
+    ],
+)
+def test_a_probe_refuses(change, words):
+    rows, classes = torch.arange(12.0).reshape(4, 3), torch.tensor([0, 1, 0, 1])
+    given = {"vectors": rows, "targets": classes}
+    given |= {"valid_vectors": rows, "valid_targets": classes}
+    with pytest.raises(ValueError) as error:
+        fit_linear_probe(**given | change)
+    one_sentence(error, words, "allowed")
+
+
+def test_a_probe_of_other_vectors_or_classes_is_not_loaded(minilm):
+    classifier = tiny(minilm)
+    width, before = classifier.head.in_features, classifier.head.weight.clone()
+    for classes, wide in ((2, width + 1), (3, width)):
+        vectors = np.random.default_rng(0).normal(size=(30, wide))
+        fitted = LogisticRegression().fit(vectors, np.arange(30) % classes)
+        with pytest.raises(ValueError) as error:
+            load_probe(classifier, fitted)
+        one_sentence(error, f"regression has {classes} classes", "allowed")
+    assert (classifier.head.weight == before).all()
+
+
+def test_tables_of_texts_are_checked():
+    rows = frame({"a": 20, "b": 20})
+    for asked, words, kind in (
+        ((rows[["text"]],), "rows has no column 'label'", ValueError),
+        ((rows[:0],), "rows has no row", ValueError),
+        (
+            (rows.assign(label=[None, *rows["label"][1:]]),),
+            "no label in row 0",
+            ValueError,
+        ),
+        ((rows.to_dict(),), "rows is a dict", TypeError),
+        ((rows, rows[["label"]]), "test has no column 'text'", ValueError),
+        ((rows, rows[:0]), "test has no row", ValueError),
+        ((rows, rows), "test repeats every text", ValueError),
+    ):
+        with pytest.raises(kind) as error:
+            split_texts(*asked)
+        one_sentence(error, words)
+    with pytest.raises(ValueError) as error:
+        sample_rows(rows, 3, at_least=0)
+    one_sentence(error, "at_least is 0", "allowed")
+
+
+def test_the_baseline_takes_texts_without_a_word():
+    rows = frame({"a": 30, "b": 30})
+    signs = {"a": ("+", "*"), "b": ("=", "#")}
+    draw = np.random.default_rng(0)
+    texts = ["".join(draw.choice(signs[each], 9)) for each in rows["label"]]
+    split = split_texts(rows.assign(text=texts))
+    found = tfidf_baseline(split)
+    assert found[0].analyzer == "char_wb"
+    assert (found.predict(split.test["text"]) == split.test["target"]).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "damage", ["json", "keys", "names", "head", "no head", "one name"]
+)
+def test_a_damaged_folder_is_told(tmp_path, minilm, damage):
+    tiny(minilm).save_pretrained(tmp_path / "model")
+    facts, head = (
+        tmp_path / "model" / name for name in ("classifier.json", "head.safetensors")
+    )
+    kept = json.loads(facts.read_text())
+    texts = {
+        "json": "{",
+        "keys": "{}",
+        "names": json.dumps(kept | {"labels": ["a", "b", "c"]}),
+        "one name": json.dumps(kept | {"labels": "yes"}),
+    }
+    if damage in texts:
+        facts.write_text(texts[damage])
+    elif damage == "head":
+        head.write_bytes(b"no tensors")
+    else:
+        head.unlink()
+    with pytest.raises(ValueError) as error:
+        TextClassifierModule.from_pretrained(tmp_path / "model")
+    one_sentence(error, "cannot be read", "allowed is what save_pretrained wrote")
+
+
 def test_the_rate_rises_from_its_first_share():
     assert (
         warmup_linear(0, 100, 0.1) == pytest.approx(0.1)
         and "1 / rise" in warmup_linear.__doc__
     )
-
-
-def test_a_bootstrap_without_an_error_has_no_width():
-    sure = bootstrap(lambda counts: counts[..., 0] / counts.sum(-1), np.array([50, 0]))
-    assert sure.low == sure.high == 1 and "no width" in bootstrap.__doc__
 
 
 def test_token_facts_tell_foreign_texts(minilm):
@@ -1268,3 +1323,9 @@ def expect_classifier(m):
         "the libraries compute the same"
     )
     assert m["reloaded_difference"] < 1e-5, "a saved model answers as before"
+    later = m["last_epoch_over_early_stopping"]["loss"]
+    assert later["low"] > 0, "to stop early would have given a lower log loss"
+    old, forgotten = m["same_topic"], m["forgotten"]
+    worst = "100 times the learning rate"
+    assert forgotten[worst]["high"] < -0.1, "steps too long destroy the old task"
+    assert old[worst]["high"] < old["fine-tuned"]["low"], "more than fine-tuning does"

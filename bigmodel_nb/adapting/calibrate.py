@@ -12,6 +12,7 @@ __all__ = ['answers', 'overconfidence', 'Predictions', 'read_predictions', 'reli
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -113,6 +114,8 @@ def overconfidence(
 ) -> Difference:  # above 0: too sure
     "Mean confidence minus accuracy, with Student's interval over at least two rows."
     confidence, right = answers(probabilities, target)
+    if len(right) < 2:
+        raise ValueError("probabilities has one row; allowed are at least two")
     return Difference.of_runs(right, confidence)
 
 # %% ../../nbs/05_adapting/05_calibrate.ipynb #6e8e391a
@@ -178,6 +181,23 @@ def _find_prefix(columns: list[str], names: list[str], prefix: str | None) -> st
     return found[0]
 
 
+def _check_names(
+    label: str, prefix: str | None, prediction: str | None, confidence: str | None
+) -> None:
+    "Raises `ValueError` for what cannot be meant together."
+    if (prediction is None) != (confidence is None):
+        one = "prediction" if confidence is None else "confidence"
+        raise ValueError(f"{one} is given alone; allowed are it and its companion")
+    if prediction is None:
+        return
+    if prefix is not None:
+        said = "allowed is prefix, or prediction and confidence"
+        raise ValueError(f"prefix and prediction are both given; {said}")
+    if len({label, prediction, confidence}) < 3:
+        said = f"label is {label!r}, prediction {prediction!r}, confidence"
+        raise ValueError(f"{said} {confidence!r}; allowed are three different columns")
+
+
 def _class_names(
     table: pd.DataFrame, columns: list[str], truth: pd.Series, prefix: str
 ) -> list[str]:
@@ -208,15 +228,17 @@ def read_predictions(
 
     Rows without a label are left out. With `prediction` and `confidence` of two labels
     the probabilities of both classes are known; of more, only those of the answers.
-    Raises `ValueError` for a missing column, and for what is no probability.
+    Raises `ValueError` for a missing column, and for what is no probability, with its
+    row in the table, counted from 1.
     """
+    if not isinstance(table, pd.DataFrame):
+        allowed = "allowed is a pandas DataFrame"
+        raise TypeError(f"table is a {type(table).__name__}; {allowed}")
+    _check_names(label, prefix, prediction, confidence)
     truth = _as_labels(_column(table, label, "label"))
     rows = np.flatnonzero(truth != "")
     if not len(rows):
         raise ValueError(f"label is {label!r}, and no row has one; allowed is one row")
-    if (prediction is None) != (confidence is None):
-        one = "prediction" if confidence is None else "confidence"
-        raise ValueError(f"{one} is given alone; allowed are it and its companion")
     truth = truth.iloc[rows]
     if prediction is None:
         columns = [str(each) for each in table.columns if str(each) != label]
@@ -225,8 +247,18 @@ def read_predictions(
         names = _class_names(named.iloc[rows], columns, truth, prefix)
         p = np.stack([_as_numbers(named[prefix + n], rows) for n in names], 1)
         target = np.array([names.index(each) for each in truth])
+        for place in np.flatnonzero(abs(p.sum(1) - 1) > 0.01):
+            raise ValueError(
+                f"the probabilities sum to {p[place].sum():.4g} in row"
+                f" {rows[place] + 1}; allowed is 1 in each row, to within 0.01"
+            )
         return Predictions(*_probabilities(p, target), names, rows)
     said = _as_labels(_column(table, prediction, "prediction")).iloc[rows]
+    for place in np.flatnonzero(said == ""):
+        raise ValueError(
+            f"column {prediction!r} is empty in row {rows[place] + 1}; allowed is a"
+            " prediction in each row that has a label"
+        )
     sure = _as_numbers(_column(table, confidence, "confidence"), rows)
     both, names = encode_labels([*truth, *said])
     target, chosen = both.numpy().reshape(2, -1)
@@ -280,6 +312,13 @@ def plot_reliability(
     "A reliability diagram, with intervals; of several classifiers in one."
     if isinstance(frames, pd.DataFrame):
         frames = {"": frames}
+    asked = {"from", "to", "rows", "confidence", "accuracy", "low", "high"}
+    known = [asked <= set(getattr(each, "columns", ())) for each in frames.values()]
+    if not 0 < len(known) <= 4 or not all(known):
+        allowed = "allowed are one to four, as `reliability` makes them"
+        raise ValueError(
+            f"frames holds {len(known)} tables, {sum(known)} fit; {allowed}"
+        )
     made, (upper, lower) = figure(
         title, 2, height=4.2, sharex=True, height_ratios=[3, 1]
     )
@@ -331,7 +370,7 @@ def calibrated_reference(
     2007. An error within the interval is no evidence of miscalibration.
     """
     check_count("draws", draws)
-    nothing = np.zeros(len(_numbers("probabilities", probabilities)))
+    nothing = np.zeros(np.shape(_numbers("probabilities", probabilities))[:1])
     confidence, _ = answers(probabilities, nothing)
     place, generator = _bins(confidence, bins, by)[1], np.random.default_rng(seed)
     found = [
@@ -422,10 +461,12 @@ def temperature_scale(
         return ((raised * z).sum(1) / raised.sum(1)).mean()
 
     if z.max() <= 0 or derivative(0.0) >= 0:
-        found = "all targets" if z.max() <= 0 and scale else "no targets on the mean"
+        found = "are on the mean no higher for the true class than for the others"
+        if z.max() <= 0 and scale:
+            found = "are highest for the true class in every row"
         raise ValueError(
-            f"logits put {found} first, so that no temperature is best; allowed are"
-            " validation rows of which some are wrong and most are right"
+            f"logits {found}, so that no temperature is best; allowed are validation"
+            " rows of which some are wrong and most are right"
         )
     high = 1.0
     while derivative(high) <= 0:
@@ -468,7 +509,7 @@ class Abstention(NamedTuple):
 
 
 def _fraction(name: str, value: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not 0 < value < 1:
         allowed = "allowed is a number between 0 and 1, such as 0.95"
         raise ValueError(f"{name} is {value!r}; {allowed}")
@@ -513,10 +554,32 @@ def confusion_matrix(
     predicted: np.ndarray,  # (row,) predicted classes
     classes: int,  # how many classes there are
 ) -> np.ndarray:  # (class, class): rows of each true class, by predicted class
-    "The confusion matrix."
+    "The confusion matrix. Raises `ValueError` for what is no class."
+    check_count("classes", classes)
+    cells = {"targets": targets, "predicted": predicted}
+    cells = {name: _numbers(name, each) for name, each in cells.items()}
+    shapes = [each.shape for each in cells.values()]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 1:
+        said = f"targets has the shape {shapes[0]} and predicted {shapes[1]}"
+        raise ValueError(f"{said}; allowed are two of (row,)")
+    for name, each in cells.items():
+        for other in each[~np.isin(each, np.arange(classes))]:
+            allowed = f"allowed are whole numbers from 0 to {classes - 1}"
+            raise ValueError(f"{name} holds {other:g}; {allowed}")
     counts = np.zeros((classes, classes), dtype=np.int64)
-    cells = [np.asarray(each).astype(np.int64) for each in (targets, predicted)]
-    np.add.at(counts, tuple(cells), 1)
+    np.add.at(counts, tuple(each.astype(np.int64) for each in cells.values()), 1)
+    return counts
+
+
+def _checked_counts(counts: ArrayLike) -> np.ndarray:
+    "(..., class, class), whole numbers of at least 0. Raises `ValueError`."
+    counts = _numbers("counts", counts)
+    if counts.ndim < 2 or counts.shape[-1] != counts.shape[-2]:
+        allowed = "allowed is (..., class, class)"
+        raise ValueError(f"counts has the shape {counts.shape}; {allowed}")
+    if not (counts >= 0).all() or not (counts.sum((-1, -2)) > 0).all():
+        found = f"counts holds {counts.min(initial=0):g} and sums to {counts.sum():g}"
+        raise ValueError(f"{found}; allowed are numbers from 0 that sum to more")
     return counts
 
 
@@ -528,6 +591,10 @@ def confused_pairs(
     pd.DataFrame
 ):  # columns true, predicted, rows, share (of the rows of the true class)
     "The pairs of true and predicted class that hold most errors, most first."
+    counts = _checked_counts(counts)
+    if counts.ndim != 2 or len(labels) != len(counts):
+        said = f"counts has the shape {counts.shape}, and labels {len(labels)} entries"
+        raise ValueError(f"{said}; allowed is a name for each of its classes")
     wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
     order = np.argsort(-wrong, axis=None, kind="stable")[:limit]
     found = []
@@ -545,6 +612,7 @@ def macro_f1(
 
     Semantics of scikit-learn's `f1_score(average='macro')`.
     """
+    counts = _checked_counts(counts)
     right = np.diagonal(counts, axis1=-2, axis2=-1)
     both = counts.sum(-1) + counts.sum(-2)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -562,6 +630,11 @@ def bootstrap(
     It covers the draw of the rows only. Cells that hold no row are never drawn: of a
     table without an error the interval has no width, however few its rows.
     """
+    check_count("draws", draws)
+    counts = _numbers("counts", counts)
+    if (counts < 0).any() or (counts % 1).any() or not counts.sum():
+        found = f"counts holds {counts.min(initial=0):g} and sums to {counts.sum():g}"
+        raise ValueError(f"{found}; allowed are whole numbers from 0 that sum to more")
     total, generator = int(counts.sum()), np.random.default_rng(seed)
     resampled = generator.multinomial(total, counts.ravel() / total, draws)
     found = statistic(resampled.reshape(draws, *counts.shape))

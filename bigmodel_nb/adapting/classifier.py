@@ -9,10 +9,12 @@ __all__ = ['TextSplit', 'sample_rows', 'split_texts', 'rows_for_token_budget', '
 
 # %% ../../nbs/05_adapting/04_classifier.ipynb #b1edc9c8
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -61,6 +63,39 @@ class TextSplit:
     labels: list[str]  # name of each class, in the order of their numbers
     left_out: int  # clean rows that were not drawn
 
+
+def _check_penalties(penalties: Sequence[float]) -> None:
+    "Raises `ValueError`."
+    if not len(penalties):
+        raise ValueError("penalties is empty; allowed is at least one number above 0")
+    for each in penalties:
+        above = lambda given: 0 < given < math.inf
+        _check_number("penalties", each, above, "a number above 0")
+
+
+def _check_number(name: str, value: float, within: Callable, allowed: str) -> None:
+    "Raises `ValueError`."
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not within(value):
+        raise ValueError(f"{name} is {value!r}; allowed is {allowed}")
+
+
+def _checked_depth(
+    classifier: nn.Module, learning_rate: float, layer_decay: float, weight_decay: float
+) -> int:
+    "How many layers its encoder has. Raises `ValueError` for what cannot be trained."
+    above = lambda each: 0 < each < math.inf
+    _check_number("learning_rate", learning_rate, above, "a number above 0")
+    within = lambda each: 0 < each <= 1
+    _check_number("layer_decay", layer_decay, within, "a number above 0, to 1")
+    least = lambda each: 0 <= each < math.inf
+    _check_number("weight_decay", weight_decay, least, "a number of at least 0")
+    if not any(each.requires_grad for each in classifier.parameters()):
+        allowed = "allowed is at least one parameter that requires a gradient"
+        raise ValueError(f"classifier has nothing to train; {allowed}")
+    config = getattr(classifier.encoder, "config", None)
+    return getattr(config, "num_hidden_layers", 0)
+
 # %% ../../nbs/05_adapting/04_classifier.ipynb #3bd36e4b
 def sample_rows(
     rows: pd.DataFrame,  # with a column label
@@ -71,6 +106,8 @@ def sample_rows(
     "A random sample with each class in its proportion."
     if count is not None:
         check_count("count", count)
+    check_count("at_least", at_least)
+    _check_rows("rows", rows, ["label"])
     if count is None or len(rows) <= count:
         return rows
     labels = rows["label"].reset_index(drop=True)  # an index may repeat itself
@@ -85,6 +122,24 @@ def sample_rows(
     ]
     return rows.iloc[np.sort(np.concatenate(chosen))]
 
+
+def _check_rows(name: str, rows: pd.DataFrame, columns: list[str]) -> None:
+    "Raises `TypeError`, `ValueError`."
+    if not isinstance(rows, pd.DataFrame):
+        allowed = "allowed is a pandas DataFrame"
+        raise TypeError(f"{name} is a {type(rows).__name__}; {allowed}")
+    for each in columns:
+        if each not in rows.columns:
+            has = ", ".join(map(repr, list(rows.columns)[:12]))
+            raise ValueError(f"{name} has no column {each!r}; it has {has}")
+        for place in np.flatnonzero(rows[each].isna()):
+            raise ValueError(
+                f"{name} has no {each} in row {place}, counted from 0; allowed are rows"
+                " as data.sources.text_rows makes them"
+            )
+    if not len(rows):
+        raise ValueError(f"{name} has no row; allowed is at least one")
+
 # %% ../../nbs/05_adapting/04_classifier.ipynb #ad7833d6
 def split_texts(
     rows: pd.DataFrame,  # columns text and label, as `text_rows` of data.sources makes
@@ -94,15 +149,20 @@ def split_texts(
 ) -> TextSplit:
     """Training, validation and test rows.
 
-    Raises `ValueError` for classes with too few rows and for test labels that `rows`
-    does not have.
+    Raises `ValueError` for a missing column or value, for classes with too few rows
+    and for test labels that `rows` does not have.
     """
     if max_rows is not None:
         check_count("max_rows", max_rows)
+    _check_rows("rows", rows, ["text", "label"])
+    if test is not None:
+        _check_rows("test", test, ["text", "label"])
     rows = deduplicate(rows.reset_index(drop=True))
     held = None if test is None else deduplicate(test.reset_index(drop=True))
     if held is not None:
         rows = rows[~_plain(rows["text"]).isin(_plain(held["text"]))]
+        if not len(rows):
+            raise ValueError("test repeats every text of rows; allowed are other texts")
         _check_labels(held["label"], rows["label"])
     fractions = (0.6, 0.1, 0.3) if held is None else (0.88, 0.12)
     check_classes(rows["label"], len(fractions))
@@ -140,11 +200,13 @@ def rows_for_token_budget(
     tokens: int = 22_000,  # tokens in all
 ) -> int:
     "How many of `texts` hold `tokens` tokens, judged by the first 2,000."
+    check_count("max_length", max_length)
+    check_count("tokens", tokens)
     some = check_texts(texts)[:2000]
     found = tokenizer(some, truncation=True, max_length=max_length)["input_ids"]
     return max(1, int(tokens / np.mean([len(each) for each in found])))
 
-# %% ../../nbs/05_adapting/04_classifier.ipynb #8c1f0a35
+
 _WORD = re.compile(  # kana and hanzi one by one
     r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
 )
@@ -177,12 +239,15 @@ def describe_tokens(
 # %% ../../nbs/05_adapting/04_classifier.ipynb #5f77ca6c
 def tfidf_baseline(
     split: TextSplit,  # its training and validation rows are read
-    penalties: Sequence[float] = (1.0, 10.0, 100.0),  # scikit-learn's C, 1 / penalty
+    penalties: Sequence[float] = (1.0, 10.0, 100.0, 1e3, 1e4),  # C, 1 / penalty
 ) -> "Pipeline":  # fitted; its `predict` takes texts and gives class numbers
     """Logistic regression, one class against the rest, on TF-IDF.
 
-    The n-grams are words and pairs of words, or 1 to 4 letters: what validates best.
+    The n-grams are words and pairs of words (where the texts have words), or 1 to 4
+    letters: what has the lowest validation loss. Raises `ValueError` for penalties that
+    are none.
     """
+    _check_penalties(penalties)
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
@@ -194,6 +259,9 @@ def tfidf_baseline(
     best, best_loss = None, float("inf")
     for view in (words, letters):
         view = TfidfVectorizer(sublinear_tf=True, **view)
+        analyze = view.build_analyzer()
+        if not any(analyze(text) for text in split.train["text"]):
+            continue  # texts of other signs only have no words
         train = view.fit_transform(split.train["text"])
         valid = view.transform(split.valid["text"])
         for penalty in penalties:
@@ -218,7 +286,7 @@ class TextClassifierModule(SentenceEncoder):
     ):
         super().__init__(encoder, tokenizer, max_length)
         self.labels = _checked_names(labels)
-        self.head = nn.Linear(encoder.config.hidden_size, len(labels))
+        self.head = nn.Linear(encoder.config.hidden_size, len(self.labels))
 
     def forward(
         self,
@@ -262,12 +330,13 @@ class TextClassifierModule(SentenceEncoder):
 
 # %% ../../nbs/05_adapting/04_classifier.ipynb #c83ed253
 def _checked_names(labels: Sequence[str]) -> list[str]:
-    if isinstance(labels, str):
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
         raise TypeError(f"labels is {labels!r}; allowed is a sequence of names")
+    labels = list(labels)
     if len(set(labels)) < max(2, len(labels)):
         allowed = "allowed are two or more different names"
-        raise ValueError(f"labels is {list(labels)}; {allowed}")
-    return list(labels)
+        raise ValueError(f"labels is {labels}; {allowed}")
+    return labels
 
 
 def _answers(texts: list[str], logits: Tensor, labels: list[str]) -> pd.DataFrame:
@@ -277,6 +346,7 @@ def _answers(texts: list[str], logits: Tensor, labels: list[str]) -> pd.DataFram
 
 
 def _load(cls: type, folder: Path) -> TextClassifierModule:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not (folder / "classifier.json").is_file():
@@ -284,9 +354,19 @@ def _load(cls: type, folder: Path) -> TextClassifierModule:
             f"folder is {str(folder)!r}, and there is no classifier in it; allowed is"
             " what save_pretrained wrote"
         )
-    facts = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
-    classifier = cls(*load_encoder(str(folder)), facts["labels"], facts["max_length"])
-    classifier.head.load_state_dict(load_file(folder / "head.safetensors"))
+    try:
+        facts = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
+        names, longest = _checked_names(facts["labels"]), facts["max_length"]
+        head = load_file(folder / "head.safetensors")
+        weight, bias = head["weight"], head["bias"]
+        if not len(weight) == len(bias) == len(names):
+            raise ValueError(f"{len(weight)} rows for {len(names)} classes")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        said = f"folder is {str(folder)!r}, and its head or the names of its classes"
+        allowed = "allowed is what save_pretrained wrote"
+        raise ValueError(f"{said} cannot be read ({error}); {allowed}") from error
+    classifier = cls(*load_encoder(str(folder)), names, longest)
+    classifier.head.load_state_dict(head)
     return classifier.eval()
 
 # %% ../../nbs/05_adapting/04_classifier.ipynb #c83ed255
@@ -319,19 +399,14 @@ def fit_linear_probe(
 ) -> "LogisticRegression":  # fitted, with the C whose validation loss is lowest
     """A linear probe: logistic regression on vectors, on one thread.
 
-    Raises `ValueError` where a class does not occur in `targets`.
+    Raises `ValueError` for vectors that are not finite or not as many as targets, and
+    where a class does not occur in `targets`.
     """
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
-    there = targets.unique().tolist()
-    due = list(range(int(max(targets.max(), valid_targets.max())) + 1))
-    if there != due:
-        raise ValueError(
-            f"targets holds the classes {', '.join(map(str, there))}; allowed is at"
-            f" least one row each of {', '.join(map(str, due))}"
-        )
-
+    due = _check_probe(vectors, targets, valid_vectors, valid_targets)
+    _check_penalties(penalties)
     counts = None
     if class_weight is not None:
         counts = torch.tensor([class_weight.get(each, 1.0) for each in due]).double()
@@ -347,6 +422,32 @@ def fit_linear_probe(
     with threadpool_limits(1, user_api="blas"):  # more would wait for each other
         tried = [fitted(penalty) for penalty in penalties]
     return min(tried, key=lambda pair: pair[0])[1]
+
+# %% ../../nbs/05_adapting/04_classifier.ipynb #probe-rows
+def _check_probe(*given: Tensor) -> list[int]:
+    "The classes of training and validation rows. Raises `ValueError`."
+    (vectors, targets), (other, valid) = pairs = given[:2], given[2:]
+    for prefix, (rows, classes) in zip(("", "valid_"), pairs):
+        shapes = f"{tuple(rows.shape)} and {tuple(classes.shape)}"
+        if rows.dim() != 2 or classes.shape != rows.shape[:1] or not len(rows):
+            raise ValueError(
+                f"{prefix}vectors and {prefix}targets have the shapes {shapes}; allowed"
+                " are (text, width) and (text,), of at least one text"
+            )
+        if not rows.isfinite().all():
+            allowed = "allowed are finite ones"
+            raise ValueError(f"{prefix}vectors holds other than numbers; {allowed}")
+    if vectors.shape[1] != other.shape[1]:
+        said = f"valid_vectors are {other.shape[1]} wide; allowed is the width of"
+        raise ValueError(f"{said} vectors, {vectors.shape[1]}")
+    there = targets.unique().tolist()
+    due = list(range(max(2, int(max(targets.max(), valid.max())) + 1)))
+    if there != due or not set(valid.tolist()) <= set(due):
+        raise ValueError(
+            f"targets holds the classes {', '.join(map(str, there))}; allowed is at"
+            f" least one row each of {', '.join(map(str, due))}"
+        )
+    return due
 
 
 def probe_rows(
@@ -368,8 +469,16 @@ def load_probe(
     classifier: TextClassifierModule,  # its head is overwritten
     regression: "LogisticRegression",  # of vectors of its encoder, classes 0, 1, …
 ) -> None:
-    "Make the classifier predict what the regression predicts."
+    """Make the classifier predict what the regression predicts.
+
+    Raises `ValueError` for one of other vectors or other classes.
+    """
     weight, bias = probe_rows(regression)
+    if weight.shape != classifier.head.weight.shape:
+        raise ValueError(
+            f"regression has {len(weight)} classes and vectors {weight.shape[1]} wide;"
+            f" allowed are those of the head, {tuple(classifier.head.weight.shape)}"
+        )
     classifier.head.weight.copy_(weight)
     classifier.head.bias.copy_(bias)
 
@@ -383,10 +492,10 @@ def parameter_groups(
     """Trained parameters by learning rate and weight decay, for `torch.optim.AdamW`.
 
     Embeddings are known by "embeddings" in the name, layers by "layer" or "layers" and
-    a number; what has other names learns like the topmost layer.
+    a number; others learn like the topmost layer. Raises `ValueError` for bad factors.
     """
-    config = getattr(classifier.encoder, "config", None)
-    groups, depth = {}, getattr(config, "num_hidden_layers", 0)
+    rates = learning_rate, layer_decay, weight_decay
+    groups, depth = {}, _checked_depth(classifier, *rates)
     for name, parameter in classifier.named_parameters():
         layer = re.search(r"^encoder\..*\blayers?\.(\d+)\.", name)
         below = 0 if layer is None else depth - 1 - int(layer.group(1))
@@ -408,8 +517,10 @@ def warmup_linear(
     """What the learning rate is multiplied by.
 
     From 1 / rise it rises to 1 in a line, in `rise` steps, and then falls towards 0 in
-    a line.
+    a line. Raises `ValueError` for a `warmup` that is no fraction.
     """
+    within = lambda each: 0 <= each <= 1
+    _check_number("warmup", warmup, within, "a fraction of the steps, from 0 to 1")
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise
@@ -434,13 +545,13 @@ def finetune(
 ) -> History:
     """Train what requires a gradient, by AdamW, warm-up, linear decay, norm at most 1.
 
-    The large products are computed in the type that is fast on the device.
+    The large products are computed in the type that is fast on the device. `keep` and
+    `patience` are early stopping. Raises `ValueError` for arguments that cannot work.
     """
     check_count("epochs", epochs)
-    number = isinstance(warmup, (int, float)) and not isinstance(warmup, bool)
-    if not number or not 0 <= warmup <= 1:
-        allowed = "allowed is a fraction of the steps, from 0 to 1"
-        raise ValueError(f"warmup is {warmup!r}; {allowed}")
+    if valid_loader is None and (keep == "best" or patience is not None):
+        what = f"keep is {keep!r}" if keep == "best" else f"patience is {patience!r}"
+        raise ValueError(f"{what}; allowed is that with a valid_loader only")
     device = best_device() if device is None else torch.device(device)
     steps = epochs * len(train_loader)
     classifier.to(device)
