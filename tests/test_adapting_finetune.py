@@ -912,6 +912,13 @@ def test_a_report_on_a_table_of_ones_own_speaks_of_that_table(tmp_path):
     assert "No test row is wrong" in text or done.metrics["score_model"]["value"] < 1
 
 
+def test_numbers_with_decimal_commas_are_numbers(tmp_path):
+    grades = [f"{n / 8:.3f}".replace(".", ",") for n in range(60)]
+    data = table(tmp_path, columns={"grade": grades}, sep=";")
+    found = checked(data=data, task="numbers")["numeric"]
+    assert found.tolist() == [n / 8 for n in range(60)]
+
+
 # the job on a folder of images
 
 
