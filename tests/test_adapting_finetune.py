@@ -23,7 +23,13 @@ from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_s
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
+)
 from typer.testing import CliRunner
 
 from bigmodel_nb.adapting import finetune as lesson
@@ -937,9 +943,18 @@ def albums(folder, rows=60):
     return folder
 
 
+def write_image_base(folder):
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    config = ResNetConfig(**sizes, layer_type="basic", num_labels=5)
+    ResNetForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
 def test_a_folder_of_images_is_learnt_from_and_others_are_labelled(tmp_path):
     data = albums(tmp_path / "data")
-    options = {"data": data, "image_size": 32, "max_length": 32}
+    options = {"data": data, "model": write_image_base(tmp_path / "base")}
     done = run("adapting/finetune", options, out=tmp_path / "run")
     m = done.metrics
     assert m["rows"] == dict(train=36, valid=6, test=18, classes=3, left_out=1)

@@ -751,13 +751,13 @@ def label_file(
         raise ValueError(f"file is {str(path)!r}, which has no row; allowed is one")
     inside = folder / "model"
     model = load_estimator(inside if (inside / "estimator.json").is_file() else folder)
-    place = None
+    images = None  # the folder that their paths begin in
     if isinstance(model, ImageClassifier):
-        place = path if path.is_dir() else path.parent
+        images = path if path.is_dir() else path.parent
     elif path.is_dir():
         rule = "the model reads texts; allowed is a table"
         raise ValueError(f"file is {str(path)!r}, a folder, and {rule}")
-    text = text or ("text" if place is None else "image")
+    text = text or ("text" if images is None else "image")
     first.columns = first.columns.map(str)
     if text not in first.columns:
         there = ", ".join(map(repr, first.columns[:12]))
@@ -768,7 +768,7 @@ def label_file(
         writer = _Writer(fresh, out.suffix.lower())
         for block in itertools.chain([first], blocks):
             block.columns = block.columns.map(str)
-            answered = _answered(model, block, text, place)
+            answered = _answered(model, block, text, images)
             writer.add(answered)
             rows, empty = (
                 rows + len(answered),
