@@ -695,6 +695,20 @@ class _Writer:
             self.parquet.close()
 
 
+def _model_for(folder: Path, path: Path) -> tuple[Any, Path | None]:
+    "The model in a folder, and where the paths of its images begin, if it reads any."
+    from bigmodel_nb.adapting.finetune import ImageClassifier, load_estimator
+
+    inside = folder / "model"
+    model = load_estimator(inside if (inside / "estimator.json").is_file() else folder)
+    if isinstance(model, ImageClassifier):
+        return model, path if path.is_dir() else path.parent
+    if path.is_dir():
+        rule = "the model reads texts; allowed is a table"
+        raise ValueError(f"file is {str(path)!r}, a folder, and {rule}")
+    return model, None
+
+
 def _answered(
     model: Any, block: "pd.DataFrame", text: str, place: Path | None
 ) -> "pd.DataFrame":
@@ -743,20 +757,11 @@ def label_file(
             raise ValueError(f"{name} is {str(each)!r}; {rule}")
     if out.resolve() == path.resolve():
         raise ValueError(f"out is {str(out)!r}, the file itself; allowed is another")
-    from bigmodel_nb.adapting.finetune import ImageClassifier, load_estimator
-
     blocks = _read_blocks(path, options)
     first = next(blocks, None)
     if first is None or not len(first):
         raise ValueError(f"file is {str(path)!r}, which has no row; allowed is one")
-    inside = folder / "model"
-    model = load_estimator(inside if (inside / "estimator.json").is_file() else folder)
-    images = None  # the folder that their paths begin in
-    if isinstance(model, ImageClassifier):
-        images = path if path.is_dir() else path.parent
-    elif path.is_dir():
-        rule = "the model reads texts; allowed is a table"
-        raise ValueError(f"file is {str(path)!r}, a folder, and {rule}")
+    model, images = _model_for(folder, path)
     text = text or ("text" if images is None else "image")
     first.columns = first.columns.map(str)
     if text not in first.columns:
