@@ -647,9 +647,7 @@ def _read_blocks(path: Path, options: dict[str, Any]) -> "Iterator[pd.DataFrame]
         known = Image.registered_extensions()
         found = [e for e in sorted(path.rglob("*")) if e.suffix.lower() in known]
         for start in range(0, len(found), _ROWS):
-            names = [
-                e.relative_to(path).as_posix() for e in found[start : start + _ROWS]
-            ]
+            names = [str(e.relative_to(path)) for e in found[start:][:_ROWS]]
             yield pd.DataFrame({"image": names})
     elif not path.is_file():
         raise FileNotFoundError(f"file is {str(path)!r}, and there is no such file")
@@ -694,7 +692,7 @@ class _Writer:
         if self.parquet is not None:
             self.parquet.close()
 
-
+# %% ../../nbs/10_headless/06_cli.ipynb #pred0005
 def _model_for(folder: Path, path: Path) -> tuple[Any, Path | None]:
     "The model in a folder, and where the paths of its images begin, if it reads any."
     from bigmodel_nb.adapting.finetune import ImageClassifier, load_estimator
