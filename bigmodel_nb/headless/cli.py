@@ -638,12 +638,20 @@ def _table_format(path: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_blocks(path: Path, options: dict[str, Any]) -> "Iterator[pd.DataFrame]":
-    "The rows of a file, some at a time. Raises `ValueError`."
+    "Rows of a file, or images of a folder, some at a time. Raises `ValueError`."
     import pandas as pd
 
-    if not path.is_file():
+    if path.is_dir():
+        from PIL import Image
+
+        known = Image.registered_extensions()
+        found = [e for e in sorted(path.rglob("*")) if e.suffix.lower() in known]
+        for start in range(0, len(found), _ROWS):
+            names = [str(e.relative_to(path)) for e in found[start:][:_ROWS]]
+            yield pd.DataFrame({"image": names})
+    elif not path.is_file():
         raise FileNotFoundError(f"file is {str(path)!r}, and there is no such file")
-    if path.suffix.lower() == ".parquet":
+    elif path.suffix.lower() == ".parquet":
         from pyarrow import parquet
 
         for batch in parquet.ParquetFile(path).iter_batches(_ROWS):
@@ -684,15 +692,36 @@ class _Writer:
         if self.parquet is not None:
             self.parquet.close()
 
+# %% ../../nbs/10_headless/06_cli.ipynb #pred0005
+def _model_for(folder: Path, path: Path) -> tuple[Any, Path | None]:
+    "The model in a folder, and where the paths of its images begin, if it reads any."
+    from bigmodel_nb.adapting.finetune import ImageClassifier, load_estimator
 
-def _answered(model: Any, block: "pd.DataFrame", text: str) -> "pd.DataFrame":
-    "The block with columns predicted and probability; missing where there is no text."
+    inside = folder / "model"
+    model = load_estimator(inside if (inside / "estimator.json").is_file() else folder)
+    if isinstance(model, ImageClassifier):
+        return model, path if path.is_dir() else path.parent
+    if path.is_dir():
+        rule = "the model reads texts; allowed is a table"
+        raise ValueError(f"file is {str(path)!r}, a folder, and {rule}")
+    return model, None
+
+
+def _answered(
+    model: Any, block: "pd.DataFrame", text: str, place: Path | None
+) -> "pd.DataFrame":
+    """The block with columns predicted and probability; missing where there is no text.
+
+    Paths of images are below `place`.
+    """
     import pandas as pd
 
     there = block[text].notna() & (block[text].astype(str).str.strip() != "")
     answers = pd.DataFrame(index=block.index, columns=["predicted", "probability"])
     if there.any():
-        found = pd.concat(list(model.stream(block[text][there].astype(str).tolist())))
+        given = block[text][there].astype(str).tolist()
+        given = given if place is None else [place / each for each in given]
+        found = pd.concat(list(model.stream(given)))
         labels = found["label"]
         if labels.map(lambda each: isinstance(each, list)).any():
             labels = labels.map(lambda each: ",".join(map(str, each)))
@@ -705,12 +734,15 @@ def _answered(model: Any, block: "pd.DataFrame", text: str) -> "pd.DataFrame":
 # %% ../../nbs/10_headless/06_cli.ipynb #pred0003
 def label_file(
     folder: Path,  # of a model that an estimator's `save` wrote, or of a run with one
-    path: Path,  # CSV, TSV, TXT, JSONL or Parquet
+    path: Path,  # CSV, TSV, TXT, JSONL or Parquet, or a folder of images
     out: Path,  # of one of these kinds; replaced if it is there
-    text: str = "text",  # column of texts
+    text: str | None = None,  # column of texts, or of paths of images
     **options: Any,  # of `read_table`: header, delimiter, encoding
 ) -> tuple[int, int]:  # rows, and those without a text, which get no label
     """Write the rows of a file with a predicted label each, some at a time.
+
+    The column is "text" by default, and "image" for a model of images, whose paths
+    begin in the folder of the file. Of a folder all images are labelled.
 
     Raises `ValueError`, `TypeError`, `FileNotFoundError`, and writes nothing then.
     """
@@ -718,7 +750,7 @@ def label_file(
 
     endings = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".parquet")
     for name, each in (("file", path), ("out", out)):
-        if each.suffix.lower() not in endings:
+        if each.suffix.lower() not in endings and not (each == path and path.is_dir()):
             rule = f"allowed are endings {', '.join(endings)}"
             raise ValueError(f"{name} is {str(each)!r}; {rule}")
     if out.resolve() == path.resolve():
@@ -727,21 +759,19 @@ def label_file(
     first = next(blocks, None)
     if first is None or not len(first):
         raise ValueError(f"file is {str(path)!r}, which has no row; allowed is one")
+    model, images = _model_for(folder, path)
+    text = text or ("text" if images is None else "image")
     first.columns = first.columns.map(str)
     if text not in first.columns:
         there = ", ".join(map(repr, first.columns[:12]))
         raise ValueError(f"text is {text!r}, and the file has the columns {there}")
-    from bigmodel_nb.adapting.finetune import load_estimator
-
-    inside = folder / "model"
-    model = load_estimator(inside if (inside / "estimator.json").is_file() else folder)
     rows = empty = 0
     with tempfile.TemporaryDirectory(dir=out.absolute().parent) as place:
         fresh = Path(place) / out.name
         writer = _Writer(fresh, out.suffix.lower())
         for block in itertools.chain([first], blocks):
             block.columns = block.columns.map(str)
-            answered = _answered(model, block, text)
+            answered = _answered(model, block, text, images)
             writer.add(answered)
             rows, empty = (
                 rows + len(answered),
@@ -757,7 +787,10 @@ def predict(
     model: Annotated[
         Path, typer.Argument(help="Folder of a saved model, or of a run with one.")
     ],
-    file: Annotated[Path, typer.Argument(help="CSV, TSV, JSONL or Parquet.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="CSV, TSV, JSONL or Parquet, or a folder of images."),
+    ],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Default: NAME_labelled in this folder."),
@@ -779,7 +812,8 @@ def predict(
                 rule = "allowed are true and false"
                 raise BadRequest(f"header is {values['header']!r}; {rule}")
             values["header"] = said == "true"
-        target = out or Path(f"{file.stem}_labelled{file.suffix}")
+        ending = ".csv" if file.is_dir() else file.suffix
+        target = out or Path(f"{file.stem}_labelled{ending}")
         rows, empty = label_file(model, file, target, **values)
     except (BadRequest, ValueError, TypeError, FileNotFoundError) as error:
         _fail(" ".join(str(error).split()), 2)

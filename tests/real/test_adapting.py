@@ -4,9 +4,11 @@ import pandas as pd
 import pytest
 
 from bigmodel_nb.adapting.classifier import split_texts, tfidf_baseline
+from bigmodel_nb.adapting.features import EFFICIENTNET
 from bigmodel_nb.adapting.finetune import load_estimator
 from bigmodel_nb.data.sources import read_table, text_rows
 from bigmodel_nb.headless.run import RunFailed, run
+from bigmodel_nb.models.pretrained import find
 
 
 def test_banking_with_a_given_test_file(real_data, tmp_path):
@@ -61,6 +63,29 @@ def test_phrasebank_in_its_own_encoding(real_data, tmp_path):
         run(
             "adapting/finetune", options | {"encoding": "utf-8"}, out=tmp_path / "other"
         )
+
+
+@pytest.mark.skipif(
+    find(EFFICIENTNET) is None, reason="needs `bigmodel fetch tf_efficientnet_lite0`"
+)
+def test_photographs_in_folders(real_data, tmp_path):
+    photographs = real_data / "cifar10_subset"
+    done = run(
+        "adapting/finetune",
+        out=tmp_path / "run",
+        data=photographs / "train",
+        test=photographs / "test",
+        max_rows=100,
+        image_size=128,
+    )
+    m = done.metrics
+    assert m["rows"]["classes"] == 10 and m["rows"]["test"] == 100
+    assert m["gain_over_pixels"]["low"] > 0, (
+        "a pretrained encoder sees more than pixels"
+    )
+    model = load_estimator(tmp_path / "run" / "model")
+    said = model.predict(sorted((photographs / "test" / "ship").iterdir())[:40])
+    assert (said == "ship").mean() > 0.3
 
 
 def test_chinese_hotel_reviews_run(real_data, tmp_path):
