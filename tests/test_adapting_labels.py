@@ -178,6 +178,39 @@ def test_choose_refuses(change, words):
     assert words in str(caught.value) and "allowed" in str(caught.value)
 
 
+# bad input gets a sentence
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda x, y: list(label_rounds(x, y, "margin", 0)), "start is 0"),
+        (lambda x, y: list(label_rounds(x, y, "margin", 99)), "start is 99, stop 200"),
+        (lambda x, y: label_curve(x, y, "best"), "how is 'best'"),
+        (lambda x, y: label_curve(x, y, start=30, stop=10), "start is 30, stop 10"),
+        (lambda x, y: label_curve(x, y, held=1.0), "held is 1.0"),
+        (lambda x, y: label_curve(x, y, start=99), "target has 60 rows"),
+        (lambda x, y: label_curve(x, y[:9]), "vectors and target have the shapes"),
+        (lambda x, y: label_curve(x, y.astype(str)), "target holds"),
+        (lambda x, y: pseudo_label(x, y, [0, 99]), "labelled holds 0 to 99"),
+        (lambda x, y: uncertainty(np.ones(3)), "probabilities has the shape (3,)"),
+        (lambda x, y: uncertainty(np.ones((3, 1))), "probabilities has the shape"),
+        (lambda x, y: tune(x, y, folds=1), "folds is 1"),
+        (lambda x, y: tune(x, y, ()), "folds is 3"),
+        (lambda x, y: fit_linear(x, y * 0), "target holds one class"),
+        (lambda x, y: fit_linear(x, y, 0), "strength is 0"),
+        (lambda x, y: cross_validated(x, y, (2.0,)), "shares is (2.0,)"),
+        (lambda x, y: importance_weights(np.ones((2, 2)), 5), "chances has 2 entries"),
+    ],
+)
+def test_bad_input_gets_a_sentence(call, said):
+    vectors, target = blobs(60)
+    with pytest.raises(ValueError) as caught:
+        call(vectors, target)
+    assert str(caught.value).startswith(said) and "allowed" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 # what it brings
 
 
@@ -235,6 +268,12 @@ def test_gain_and_labels_saved_by_hand():
     assert labels_saved(slow, dips).value == pytest.approx(10), "first reached at 20"
     with pytest.raises(ValueError, match="other numbers of labels"):
         curve_gain(slow, curves([[0.1, 0.2]] * 3, (10, 20)))
+    with pytest.raises(ValueError, match="other numbers of labels"):
+        labels_saved(slow, curves([[0.1, 0.2]] * 3, (10, 20)))
+    with pytest.raises(ValueError, match="have one draw"):
+        labels_saved(curves([[0.1, 0.2, 0.3]]), curves([[0.1, 0.2, 0.3]]))
+    with pytest.raises(ValueError, match="several strategies"):
+        labels_saved(pd.concat([slow, slow]), slow)
 
 
 def test_interval_of_labels_saved_is_the_t_interval_where_it_is_linear():
@@ -296,8 +335,9 @@ def test_pseudo_labels_by_class_are_even():
     )
     assert np.bincount(made.classes[9:]).tolist() == [8, 8, 8]
     assert made.given == 9 and made.rows[:9].tolist() == list(range(9))
-    with pytest.raises(ValueError, match="allowed is one of them"):
-        pseudo_label(vectors, target, np.arange(9), count=1, threshold=0.5)
+    for options in ({"count": 1, "threshold": 0.5}, {"threshold": 2}):
+        with pytest.raises(ValueError, match="allowed is one of them, a threshold"):
+            pseudo_label(vectors, target, np.arange(9), **options)
 
 
 # what is measured
@@ -510,7 +550,8 @@ def expect_labels(m):
     assert abs(off["random, cross-validated"]["value"]) < 0.06
     assert m["testing_off"]["unsure rows"]["high"] < -0.05
     assert abs(m["testing_off"]["unsure rows, weighted"]["value"]) < 0.02
-    assert pseudo["balanced, against a graph"]["high"] < 0, "label spreading loses"
+    graph, own = pseudo["balanced, against a graph"], pseudo["balanced"]
+    assert graph["value"] < own["low"], "label spreading brings less"
     assert m["testing_spread"]["unsure rows, weighted"] > m["testing_spread"]["random"]
     against = m["against"]
     assert against["BADGE, products"] < 1e-9

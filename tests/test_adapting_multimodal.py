@@ -19,7 +19,7 @@ from bigmodel_nb.adapting.multimodal import (
     CaptionedImages,
     DualEncoder,
     TextEncoder,
-    Words,
+    WordTokenizer,
     caption_folder,
     clip_loss,
     contrastive,
@@ -187,13 +187,13 @@ def test_ties_lose_and_own_others_are_no_rivals():
 
 
 def test_words_and_padding():
-    words = Words(["LATIN LETTER-07", "latin dog"])
+    words = WordTokenizer(["LATIN LETTER-07", "latin dog"])
     assert split_words("TILE-06 Ñandú's") == ["tile", "0", "6", "ñandú", "s"]
     ids = words(["latin 7", "cat"])
     assert ids.shape == (2, 2) and ids[1].tolist() == [1, 0] and (ids[0] > 1).all()
     assert words.knows("dog 0") and not words.knows("dog 1")
-    assert len(words) == 2 + 5 and len(Words(["a b", "a"], least=2)) == 3
-    assert Words(["a b c"], max_length=2)(["a b c"]).shape == (1, 2)
+    assert len(words) == 2 + 5 and len(WordTokenizer(["a b", "a"], least=2)) == 3
+    assert WordTokenizer(["a b c"], max_length=2)(["a b c"]).shape == (1, 2)
     encoder = TextEncoder(BERTConfig(len(words), 24, 16, 1, 2)).eval()
     alone, among = encoder(words(["dog"])), encoder(words(["dog", "latin letter 7"]))
     torch.testing.assert_close(alone[0], among[0])
@@ -201,7 +201,7 @@ def test_words_and_padding():
 
 def test_two_encoders_give_vectors_of_norm_1_and_learn(signs):
     rows = torch.arange(0, 1200, 20)
-    words = Words(signs.of(rows)[1])
+    words = WordTokenizer(signs.of(rows)[1])
     model = dual(len(words))
     batches = pair_loader(signs, rows, words, 30, shuffle=True)
     images, texts, scale = model(**next(iter(batches))[0])
@@ -225,7 +225,7 @@ def test_two_encoders_give_vectors_of_norm_1_and_learn(signs):
 
 def test_batches_tell_equal_captions_and_keep_their_order(signs):
     rows = torch.arange(50)
-    words = Words(signs.captions)
+    words = WordTokenizer(signs.captions)
     batches = pair_loader(signs, rows, words, 20)
     assert [len(target) for _, target in batches] == [20, 20, 10]
     assert torch.equal(torch.cat([t for _, t in batches]), signs.groups[:50])
@@ -375,6 +375,15 @@ def test_a_folder_that_is_missing_or_of_a_broken_coco_file(tmp_path):
             lambda: clip_loss(unit(3, 4), unit(3, 4), torch.tensor(1.0), torch.ones(2)),
             "target has shape (2,); allowed is (3,)",
         ),
+        (lambda: clip_loss(unit(3, 4), unit(3, 4), 2.0), "logit_scale is 2.0"),
+        (lambda: clip_loss(unit(3, 4), unit(3, 4), torch.ones(4)), "logit_scale is (4"),
+        (
+            lambda: clip_loss(unit(3, 4), unit(3, 4).float(), torch.tensor(1.0)),
+            "image_features and text_features are torch.float64",
+        ),
+        (lambda: WordTokenizer("abc"), "captions is 'abc'"),
+        (lambda: glyphs(16, []), "fonts is empty"),
+        (lambda: prompt_vectors(None, {}, None), "prompts is empty"),
         (lambda: recall_at_k(torch.ones(2, 3)), "similarity has shape (2, 3)"),
         (lambda: recall_at_k(torch.ones(2, 2), 0), "k is 0"),
         (lambda: recall_at_k(torch.full((2, 2), math.nan)), "similarity holds numbers"),
@@ -383,8 +392,8 @@ def test_a_folder_that_is_missing_or_of_a_broken_coco_file(tmp_path):
             lambda: ranks(torch.ones(2, 2), torch.zeros(2, 2).bool()),
             "relevant has a query without any item",
         ),
-        (lambda: Words(["..."]), "captions hold no word"),
-        (lambda: Words(["a"])("a"), "captions is 'a'"),
+        (lambda: WordTokenizer(["..."]), "captions hold no word"),
+        (lambda: WordTokenizer(["a"])("a"), "captions is 'a'"),
         (lambda: DualEncoder(nn.ReLU(), nn.ReLU(), 4), "image_encoder has no linear"),
         (lambda: DualEncoder(nn.Linear(2, 2), nn.Linear(2, 2), 0), "width is 0"),
         (lambda: from_clip(nn.Linear(2, 2)), "clip is a Linear"),

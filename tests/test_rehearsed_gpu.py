@@ -1213,7 +1213,7 @@ def two_encoders(d):
     rows = torch.stack([torch.arange(8), torch.arange(8) // 2], 1)  # of the CPU
     captions = ["a dog", "a cat and a dog", "two cats", "none"]
     pairs = multimodal.CaptionedImages(images("cpu")[0], captions, rows, ["x"] * 8)
-    words = multimodal.Words(captions)
+    words = multimodal.WordTokenizer(captions)
     config = language.BERTConfig(len(words), 24, 16, 1, 2)
     picture = nn.Sequential(nn.Flatten(), nn.Linear(64, 12))
     model = multimodal.DualEncoder(picture, multimodal.TextEncoder(config), 8)

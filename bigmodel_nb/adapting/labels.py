@@ -76,10 +76,15 @@ def fit_linear(
     target: np.ndarray,  # (row,) class of each, of at least two
     strength: float = 1.0,  # inverse penalty: the larger, the freer the weights
     balanced: bool = True,  # each class has the same weight in the loss
-) -> "Any":  # a fitted LogisticRegression of scikit-learn
-    "A logistic regression. Raises `ValueError` for one class."
+) -> Any:  # a fitted LogisticRegression of scikit-learn
+    "A logistic regression. Raises `ValueError`."
     from sklearn.linear_model import LogisticRegression
 
+    _check_target(vectors, target)
+    if len(np.unique(target)) < 2:
+        raise ValueError("target holds one class; allowed are two or more")
+    if not 0 < strength < np.inf:
+        raise ValueError(f"strength is {strength}; allowed is a number above 0")
     weights = "balanced" if balanced else None
     made = LogisticRegression(C=strength, class_weight=weights, max_iter=300)
     with warnings.catch_warnings():  # many classes, few rows: as it should be here
@@ -87,6 +92,15 @@ def fit_linear(
         return made.fit(vectors, target)
 
 # %% ../../nbs/05_adapting/11_labels.ipynb #d1c9ffe5
+def _check_target(vectors: Any, target: Any) -> None:
+    shapes = np.shape(vectors), np.shape(target)
+    if len(shapes[0]) != 2 or shapes[1] != shapes[0][:1] or not shapes[1][0]:
+        raise ValueError(
+            f"vectors and target have the shapes {shapes[0]} and {shapes[1]}; allowed"
+            " are (row, channel) and (row,), of one row or more"
+        )
+
+
 def _hits(
     fit: Callable, known: np.ndarray, classes: np.ndarray, held: np.ndarray, true: Any
 ) -> np.ndarray:
@@ -103,9 +117,14 @@ def tune(
     folds: int = 3,  # of the cross-validation
     seed: int = 0,  # of the folds
 ) -> dict[tuple[float, bool], float]:  # accuracy of each (strength, balanced)
-    "Settings of `fit_linear`, the best in cross-validation first."
+    "Settings of `fit_linear`, the best in cross-validation first. Raises `ValueError`."
     from sklearn.model_selection import KFold
 
+    _check_target(vectors, target)
+    check_count("folds", folds)
+    if min(folds, len(target)) < 2 or not len(strengths):
+        said = f"folds is {folds}, target has {len(target)} rows, strengths {strengths}"
+        raise ValueError(f"{said}; allowed are two folds, two rows, one strength")
     parts = KFold(min(folds, len(target)), shuffle=True, random_state=seed)
     parts, found = list(parts.split(vectors)), {}
     for balanced in (True, False):
@@ -122,7 +141,7 @@ def tune(
 def fit_tuned(
     vectors: np.ndarray,  # (row, channel)
     target: np.ndarray,  # (row,) class of each, of at least two
-) -> "Any":  # a fitted LogisticRegression of scikit-learn
+) -> Any:  # a fitted LogisticRegression of scikit-learn
     "`fit_linear` with the settings that `tune` finds on the same rows."
     strength, balanced = next(iter(tune(vectors, target)))
     return fit_linear(vectors, target, strength, balanced)
@@ -132,9 +151,13 @@ def uncertainty(
     probabilities: np.ndarray,  # (row, class), of at least two classes
     how: str = "margin",  # "margin", "entropy" or "least"
 ) -> np.ndarray:  # (row,) the larger, the less sure
-    "How unsure a classifier is of each row."
+    "How unsure a classifier is of each row. Raises `ValueError`."
     from scipy.special import entr
 
+    if np.ndim(probabilities) != 2 or np.shape(probabilities)[1] < 2:
+        said = f"probabilities has the shape {np.shape(probabilities)}"
+        raise ValueError(f"{said}; allowed is (row, class), of two classes or more")
+    probabilities = np.asarray(probabilities, float)
     ordered = np.sort(probabilities, axis=1)
     if how == "margin":
         return ordered[:, -2] - ordered[:, -1]
@@ -183,13 +206,14 @@ def _badge(
     return taken
 
 # %% ../../nbs/05_adapting/11_labels.ipynb #d70040b6
-def _check_choice(
-    vectors: Any, labelled: Any, count: int, how: str, probabilities: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    "Vectors and the numbers of labelled rows as arrays. Raises `ValueError`."
-    vectors, labelled = np.asarray(vectors, float), np.asarray(labelled)
+def _check_how(how: str) -> None:
     if how not in HOW:
         raise ValueError(f"how is {how!r}; allowed are {', '.join(map(repr, HOW))}")
+
+
+def _check_labelled(vectors: Any, labelled: Any) -> tuple[np.ndarray, np.ndarray]:
+    "Vectors and the numbers of labelled rows as arrays. Raises `ValueError`."
+    vectors, labelled = np.asarray(vectors, float), np.asarray(labelled)
     if vectors.ndim != 2 or not np.isfinite(vectors).all():
         said = f"vectors has the shape {vectors.shape}"
         raise ValueError(f"{said}; allowed are finite numbers (row, channel)")
@@ -200,6 +224,14 @@ def _check_choice(
     if labelled.size and not 0 <= labelled.min() <= labelled.max() < len(vectors):
         said = f"labelled holds {labelled.min()} to {labelled.max()}"
         raise ValueError(f"{said}; allowed are 0 to {len(vectors) - 1}")
+    return vectors, labelled
+
+
+def _check_choice(
+    vectors: Any, labelled: Any, count: int, how: str, probabilities: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    _check_how(how)
+    vectors, labelled = _check_labelled(vectors, labelled)
     check_count("count", count)
     left = len(vectors) - len(np.unique(labelled))
     if count > left:
@@ -246,6 +278,16 @@ def choose(
         return pool[_badge(vectors[pool], likely, count, draw)]
     return pool[np.argsort(-uncertainty(likely, how), kind="stable")[:count]]
 
+
+def _surest(likely: np.ndarray, count: int, per_class: bool) -> np.ndarray:
+    "Places of the rows with the largest probabilities, in all or class by class."
+    sure, answer = likely.max(1), likely.argmax(1)
+    order = np.argsort(-sure, kind="stable")
+    if per_class:  # the first of each class, then the second of each
+        place = pd.Series(answer[order]).groupby(answer[order]).cumcount().to_numpy()
+        order = order[np.argsort(place, kind="stable")]
+    return order[:count]
+
 # %% ../../nbs/05_adapting/11_labels.ipynb #c17c5091
 def label_rounds(
     vectors: np.ndarray,  # (row, channel); the first `start` rows have labels
@@ -258,6 +300,7 @@ def label_rounds(
     seed: int = 0,  # of what is drawn
 ) -> Iterator[tuple[np.ndarray, Any]]:  # numbers of labelled rows, classifier
     "The rounds of active learning. Raises `ValueError`."
+    _check_rounds(vectors, target, start, step, stop)
     known = np.arange(start)
     while True:
         fitted = fit(vectors[known], target[known])
@@ -279,20 +322,33 @@ def split_pool(
 
     Where these were of one class, the last of them gives place to a row of another.
     """
+    check_count("start", start)
+    if not 0 < held < 1:
+        raise ValueError(f"held is {held}; allowed is a number between 0 and 1")
+    target = np.asarray(target)
     order = np.random.default_rng(seed).permutation(len(target))
     cut = round(held * len(order))
     test, pool = order[:cut], order[cut:]
     other = np.flatnonzero(target[pool] != target[pool[0]])
     if len(test) and len(other) and other[0] >= start:
         pool[[start - 1, other[0]]] = pool[[other[0], start - 1]]
-    if not len(test) or not len(other) or start < 2:
+    if not len(test) or not len(other) or not 2 <= start <= len(pool):
         raise ValueError(
             f"target has {len(target)} rows, held is {held} and start {start}; allowed"
-            " are held-out rows, two classes in the pool and two labels or more"
+            " are held-out rows, two classes in the pool, and 2 labels or more of it"
         )
     return test, pool
 
 
+def _check_rounds(vectors: Any, target: Any, start: int, step: int, stop: int) -> None:
+    _check_target(vectors, target)
+    for name, value in (("start", start), ("step", step), ("stop", stop)):
+        check_count(name, value)
+    if start > min(stop, len(vectors)):
+        said = f"start is {start}, stop {stop}, and there are {len(vectors)} rows"
+        raise ValueError(f"{said}; allowed is a start of at most both")
+
+# %% ../../nbs/05_adapting/11_labels.ipynb #b6e2bf6e
 def label_curve(
     vectors: np.ndarray,  # (row, channel)
     target: np.ndarray,  # (row,) class of each
@@ -313,11 +369,17 @@ def label_curve(
     """
     for name, value in (("step", step), ("draws", draws), ("stop", stop)):
         check_count(name, value)
+    strategies = [how] if isinstance(how, str) else list(how)
+    for each in strategies:
+        _check_how(each)
+    _check_target(vectors, target)
     target, lines = np.asarray(target), []
+    if target.dtype.kind not in "iu" or target.min() < 0:
+        raise ValueError(f"target holds {target[0]!r}; allowed are numbers from 0")
     for number in range(draws):
         test, pool = split_pool(target, held, start, [seed, number])
         shared = (vectors[pool], target[pool])
-        for each in [how] if isinstance(how, str) else how:
+        for each in strategies:
             for known, fitted in label_rounds(*shared, each, start, step, stop, fit):
                 right = (fitted.predict(vectors[test]) == target[test]).mean()
                 largest = np.bincount(shared[1][known]).max() / len(known)
@@ -326,40 +388,53 @@ def label_curve(
 
 # %% ../../nbs/05_adapting/11_labels.ipynb #fec30cae
 def _by_draw(curve: pd.DataFrame) -> pd.DataFrame:
+    "(labels, draw) the accuracy."
+    if curve.duplicated(["draw", "labels"]).any() or not len(curve):
+        raise ValueError("a curve holds no row, or several strategies; allowed is one")
     return curve.pivot(index="labels", columns="draw", values="accuracy")
+
+
+def _check_curves(first: pd.DataFrame, second: pd.DataFrame) -> None:
+    if not (first.index.equals(second.index) and first.columns.equals(second.columns)):
+        said = "first and second have other numbers of labels or other draws"
+        raise ValueError(f"{said}; allowed are curves of the same")
+    if first.shape[1] < 2:
+        raise ValueError("first and second have one draw; allowed are two or more")
 
 
 def curve_gain(
     first: pd.DataFrame,  # rows of `label_curve` of one strategy
     second: pd.DataFrame,  # of another, with the same draws
 ) -> Difference:
-    "By how much the second is more accurate, in the mean over the curve."
+    "How much more accurate the second is, in the mean over the curve. `ValueError`."
     first, second = _by_draw(first), _by_draw(second)
-    if not (first.index.equals(second.index) and first.columns.equals(second.columns)):
-        said = "first and second have other numbers of labels or other draws"
-        raise ValueError(f"{said}; allowed are curves of the same")
+    _check_curves(first, second)
     return Difference.of_runs(first.mean(), second.mean())
 
-# %% ../../nbs/05_adapting/11_labels.ipynb #b6e2bf6e
+
 def labels_saved(
     first: pd.DataFrame,  # rows of `label_curve` of one strategy
     second: pd.DataFrame,  # of another, with the same draws
 ) -> Estimate:  # labels; below 0 where the second needs more
-    "How many labels fewer the second needs for the accuracy that both reach."
+    """How many labels fewer the second needs for the accuracy that both reach.
+
+    The interval is the jackknife's, over draws. Raises `ValueError`.
+    """
     from scipy.stats import t
+
+    first, second = _by_draw(first), _by_draw(second)
+    _check_curves(first, second)
 
     def needed(curve: pd.DataFrame, level: float) -> float:
         best = curve.cummax().drop_duplicates()  # where each height is first reached
         return float(np.interp(level, best, best.index))
 
     def saved(left_out: list) -> float:
-        pair = [
-            _by_draw(e).drop(columns=left_out).mean(axis=1) for e in (first, second)
-        ]
+        pair = [e.drop(columns=left_out).mean(axis=1) for e in (first, second)]
         level = min(each.max() for each in pair)
         return needed(pair[0], level) - needed(pair[1], level)
 
-    without = np.array([saved([each]) for each in first["draw"].unique()])
+    without = np.array([saved([each]) for each in first.columns])
     value, n = saved([]), len(without)
     error = ((n - 1) / n * ((without - without.mean()) ** 2).sum()) ** 0.5
     half = float(t.ppf(0.975, n - 1)) * error
@@ -376,16 +451,6 @@ class SelfTrained:
     given: int  # how many of them are labels
 
 
-def _surest(likely: np.ndarray, count: int, per_class: bool) -> np.ndarray:
-    "Places of the rows with the largest probabilities, in all or class by class."
-    sure, answer = likely.max(1), likely.argmax(1)
-    order = np.argsort(-sure, kind="stable")
-    if per_class:  # the first of each class, then the second of each
-        place = pd.Series(answer[order]).groupby(answer[order]).cumcount().to_numpy()
-        order = order[np.argsort(place, kind="stable")]
-    return order[:count]
-
-
 def pseudo_label(
     vectors: np.ndarray,  # (row, channel) of all rows
     target: np.ndarray,  # (row,) class of each; read at labelled rows only
@@ -398,11 +463,15 @@ def pseudo_label(
     fit: Callable = fit_linear,  # of vectors and classes; has `predict_proba`
 ) -> SelfTrained:
     "Self-training: the surest answers become labels. Raises `ValueError`."
-    vectors, rows, given = np.asarray(vectors), np.asarray(labelled), len(labelled)
-    classes = np.asarray(target)[rows]
+    vectors, rows = _check_labelled(vectors, labelled)
+    _check_target(vectors, target)
+    classes, given = np.asarray(target)[rows], len(rows)
     pool = np.setdiff1d(np.arange(len(vectors)), rows)
-    if count is not None and threshold is not None:
-        raise ValueError(f"count is {count} beside threshold; allowed is one of them")
+    if threshold is not None and (count is not None or not 0 <= threshold < 1):
+        said = f"threshold is {threshold} and count {count}"
+        raise ValueError(
+            f"{said}; allowed is one of them, a threshold from 0 to below 1"
+        )
     if count is None:
         count = max(1, len(pool) // 6) if threshold is None else len(vectors)
     check_count("count", count)
@@ -431,9 +500,12 @@ def cross_validated(
     fit: Callable = fit_linear,  # of vectors and classes; has `predict`
     seed: int = 0,  # of the folds
 ) -> np.ndarray:  # (share, row) whether each row is right when it is held out
-    "Hits of held-out rows. Raises `ValueError` where no two folds can be made."
+    "Hits of held-out rows. Raises `ValueError`, also where no two folds can be made."
     from sklearn.model_selection import StratifiedGroupKFold
 
+    _check_target(vectors, target)
+    if not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"shares is {shares}; allowed are numbers above 0 and up to 1")
     groups = np.arange(len(target)) if groups is None else np.asarray(groups)
     folds = min(folds, len(np.unique(groups)), int(np.bincount(target).max()))
     if folds < 2:
@@ -481,7 +553,7 @@ def importance_weights(
 ) -> np.ndarray:  # (drawn,) 1 where all chances are even
     "Weights that undo uneven chances. Farquhar, Gal and Rainforth 2021."
     chances, drawn = np.asarray(chances, float), len(chances)
-    allowed = ((chances > 0) & (chances <= 1 + 1e-9)).all()
+    allowed = ((chances > 0) & (chances <= 1 + 1e-9)).all() and chances.ndim == 1
     if not allowed or not 1 <= drawn <= pool:
         raise ValueError(
             f"chances has {drawn} entries and pool is {pool}; allowed are probabilities"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FONTS', 'CaptionedImages', 'glyphs', 'split_words', 'caption_folder', 'split_pairs', 'one_of_each', 'clip_loss',
-           'Words', 'TextEncoder', 'DualEncoder', 'contrastive', 'pair_loader', 'from_clip', 'load_clip', 'ranks',
-           'recall_at_k', 'encode_pairs', 'prompt_vectors']
+           'WordTokenizer', 'TextEncoder', 'DualEncoder', 'contrastive', 'pair_loader', 'from_clip', 'load_clip',
+           'ranks', 'recall_at_k', 'encode_pairs', 'prompt_vectors']
 
 # %% ../../nbs/05_adapting/12_multimodal.ipynb #3c0a4fd2
 import json
@@ -107,6 +107,9 @@ def glyphs(
     from matplotlib.ft2font import FT2Font
 
     check_count("size", size)
+    if not fonts:
+        raise ValueError("fonts is empty; allowed are one or more names")
+    fonts = [fonts] if isinstance(fonts, str) else fonts
     folder, found, alike, first = Path(matplotlib.get_data_path()), [], set(), {}
     known = sorted(each.stem for each in folder.glob("fonts/ttf/*.ttf"))
     for name in fonts:
@@ -266,9 +269,10 @@ def one_of_each(
 ) -> Tensor:  # the first row of each group
     "One row for each group, so that rows do not repeat each other."
     seen = set()
+    rows = torch.as_tensor(rows, dtype=torch.long)
     groups = pairs.groups[rows].tolist()
     kept = [r for r, g in zip(rows.tolist(), groups) if not (g in seen or seen.add(g))]
-    return torch.tensor(kept)
+    return torch.tensor(kept, dtype=torch.long)
 
 # %% ../../nbs/05_adapting/12_multimodal.ipynb #6b4b9ce8
 def clip_loss(
@@ -282,7 +286,7 @@ def clip_loss(
     The scale is at most 100; beyond it the gradient of `logit_scale` is 0. Raises
     `ValueError`. Radford et al. 2021, figure 3.
     """
-    _check_features(image_features, text_features, target)
+    _check_features(image_features, text_features, logit_scale, target)
     scale = logit_scale.exp().clamp(max=100)
     logits = scale * image_features @ text_features.T
     if target is not None:
@@ -293,13 +297,23 @@ def clip_loss(
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 # %% ../../nbs/05_adapting/12_multimodal.ipynb #4406e913
-def _check_features(images: Tensor, texts: Tensor, target: Tensor | None) -> None:
+def _check_features(
+    images: Tensor, texts: Tensor, scale: Tensor, target: Tensor | None
+) -> None:
     if images.ndim != 2 or images.shape != texts.shape or len(images) < 2:
         raise ValueError(
             f"image_features and text_features have the shapes {tuple(images.shape)}"
             f" and {tuple(texts.shape)}; allowed is one common shape (pair, width), of"
             " two pairs or more"
         )
+    if not (images.dtype == texts.dtype and images.is_floating_point()):
+        raise ValueError(
+            f"image_features and text_features are {images.dtype} and {texts.dtype};"
+            " allowed is one floating dtype"
+        )
+    if not isinstance(scale, Tensor) or scale.ndim:
+        shape = tuple(scale.shape) if isinstance(scale, Tensor) else scale
+        raise ValueError(f"logit_scale is {shape}; allowed is a tensor of no dimension")
     if target is not None and target.shape != images.shape[:1]:
         raise ValueError(
             f"target has shape {tuple(target.shape)}; allowed is ({len(images)},), a"
@@ -307,7 +321,7 @@ def _check_features(images: Tensor, texts: Tensor, target: Tensor | None) -> Non
         )
 
 # %% ../../nbs/05_adapting/12_multimodal.ipynb #20d83c55
-class Words:
+class WordTokenizer:
     "A tokenizer of whole words: captions in, rows of word numbers out."
 
     def __init__(
@@ -316,6 +330,8 @@ class Words:
         least: int = 1,  # captions that a known word stands in
         max_length: int = 24,  # longer captions are cut to this many words
     ):
+        if isinstance(captions, str):
+            raise ValueError(f"captions is {captions!r}; allowed are several texts")
         check_count("least", least)
         check_count("max_length", max_length)
         counted = Counter(w for each in captions for w in set(split_words(each)))
@@ -377,15 +393,18 @@ class DualEncoder(nn.Module):
         image_encoder: nn.Module,  # (batch, channel, height, width) to (batch, any)
         text_encoder: nn.Module,  # (batch, time) to (batch, any)
         width: int,  # of the common space
-        image_width: int
-        | None = None,  # what it gives; default: its last linear layer's
+        image_width: int | None = None,  # of its output; default: its last linear's
         text_width: int | None = None,  # likewise
     ):
         super().__init__()
         check_count("width", width)
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
-        image_width = image_width or _last_width(image_encoder, "image_encoder")
-        text_width = text_width or _last_width(text_encoder, "text_encoder")
+        if image_width is None:
+            image_width = _last_width(image_encoder, "image_encoder")
+        if text_width is None:
+            text_width = _last_width(text_encoder, "text_encoder")
+        check_count("image_width", image_width)
+        check_count("text_width", text_width)
         self.image_projection = nn.Linear(image_width, width, bias=False)
         self.text_projection = nn.Linear(text_width, width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -437,13 +456,19 @@ def contrastive(
 def pair_loader(
     pairs: CaptionedImages,  # images and captions
     rows: Tensor,  # which rows of it
-    tokenize: Callable[[Sequence[str]], Tensor],  # such as `Words`
+    tokenize: Callable[[Sequence[str]], Tensor],  # such as `WordTokenizer`
     batch_size: int = 256,  # pairs in a batch, and so classes
     shuffle: bool = False,  # in a new order each epoch, the last batch whole
     seed: int = 0,  # of the orders
 ) -> DataLoader:
-    "Batches `({'images', 'token_ids'}, group)`."
+    "Batches `({'images', 'token_ids'}, group)`. Raises `ValueError`."
     check_count("batch_size", batch_size)
+    rows = torch.as_tensor(rows, dtype=torch.long)
+    if not len(rows) or not 0 <= rows.min() <= rows.max() < len(pairs.rows):
+        said = f"rows holds {len(rows)} numbers"
+        raise ValueError(
+            f"{said}; allowed are one or more, of 0 to {len(pairs.rows) - 1}"
+        )
     ids, groups = tokenize(pairs.captions), pairs.groups
 
     def collate(batch: list[int]) -> tuple[dict[str, Tensor], Tensor]:
@@ -608,7 +633,9 @@ def prompt_vectors(
     prompts: Mapping[str, Sequence[str]],  # of each class
     tokenize: Callable[[Sequence[str]], Tensor],  # of the model
 ) -> Tensor:  # (class, width), of norm 1, on the CPU
-    "The mean of the vectors of each class's prompts, brought to norm 1."
+    "The mean vector of each class's prompts, at norm 1. Raises `ValueError`."
+    if not prompts:
+        raise ValueError("prompts is empty; allowed are one or more classes")
     device, training = model.logit_scale.device, model.training
     model.eval()
     means = [
