@@ -8,6 +8,7 @@ Colab and the links; cleans; writes README.md with its figures, and the glossary
 """
 
 import argparse
+import difflib
 import ast
 import base64
 import hashlib
@@ -310,6 +311,10 @@ def main() -> int:
     os.chdir(ROOT)
     os.environ.update(HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore")
     everything = {**catalogue(), "index": INDEX}
+    for name in chosen.names:
+        if name not in everything:
+            near = difflib.get_close_matches(name, everything, 1, 0.0)
+            parser.error(f"names has {name!r}; the nearest notebook is {near[0]}")
     for path in everything.values():
         notebook = nbformat.read(path, as_version=4)
         notebook.metadata.update(KERNEL)
