@@ -26,8 +26,8 @@ from bigmodel_nb.kit.core import (
     best_device,
     best_dtype,
     copy_model,
-    evaluating,
     count_parameters,
+    evaluating,
     seed_everything,
 )
 from bigmodel_nb.kit.plots import (
