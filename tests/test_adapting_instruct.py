@@ -321,12 +321,12 @@ def test_layers_that_differ_or_scale_are_parted_too(tokenizer, family, first):
     assert model.config.num_hidden_layers == len(model.model.layers) == 4
 
 
-def test_a_body_that_does_more_than_its_layers_is_refused(model, examples):
+def test_a_body_that_does_more_than_its_layers_is_refused(model):
     model.model.register_forward_hook(
         lambda body, given, output: type(output)(output.last_hidden_state * 2 + 1)
     )
     with pytest.raises(ValueError, match="whose layers from 1 on give other states"):
-        lower_states(model, examples, 1)
+        upper_part(model, 1)
 
 
 def test_each_module_keeps_its_own_mode(tokenizer, model, examples):
@@ -335,7 +335,7 @@ def test_each_module_keeps_its_own_mode(tokenizer, model, examples):
     before = [each.training for each in model.modules()]
     calls = [
         lambda: answer_losses(model, chat_loader(examples)),
-        lambda: lower_states(model, examples, 1),
+        lambda: upper_part(model, 1),
         lambda: replies(model, tokenizer, QUESTIONS, max_new_tokens=2),
     ]
     for call in calls:

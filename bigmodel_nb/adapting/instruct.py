@@ -447,11 +447,30 @@ def upper_part(
     model: nn.Module,  # with `model.layers`, as Llama has
     first: int,  # layers below, which it leaves out
 ) -> nn.Module:  # takes `inputs_embeds` of `lower_states`; shares its layers
-    "The layers from `first` on, with the head of `model`. Raises `ValueError`."
+    """The layers from `first` on, with the head of `model`.
+
+    Raises `ValueError`, also where they make something else of the states below them
+    than the model does, tried on 48 tokens.
+    """
     count = len(_part(model, slice(None)).model.layers)
     if not 0 <= first < count:
         raise ValueError(f"first is {first}; allowed are 0 to {count - 1}")
-    return _part(model, slice(first, None))
+    upper, lower = _part(model, slice(first, None)), _part(model, slice(first)).model
+    lower.norm = nn.Identity()
+    table, tokens = model.get_input_embeddings(), torch.arange(48)
+    ids = (tokens % table.num_embeddings)[None].to(table.weight.device)
+    with evaluating(model), torch.no_grad():
+        kept = lower(input_ids=ids, use_cache=False).last_hidden_state
+        parted = upper.model(inputs_embeds=kept, use_cache=False).last_hidden_state
+        whole = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    apart = ((parted - whole).norm() / whole.norm()).item()
+    if not apart <= 1e-2:
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose layers from {first} on give"
+            f" other states by themselves (off by {apart:.0%}); allowed are models"
+            " that apply one layer after the other and nothing between"
+        )
+    return upper
 
 
 @torch.no_grad()
@@ -461,34 +480,18 @@ def lower_states(
     first: int,  # layers below
     batch_size: int = 12,  # examples at once
 ) -> list[Example]:  # inputs_embeds (time, channel) in place of input_ids
-    """What the layers below `first` make of each example.
-
-    Raises `ValueError` where the layers above make something else of it than the model.
-    """
-    upper, lower = upper_part(model, first).model, _part(model, slice(first)).model
+    "What the layers below `first` make of each example, for `upper_part`."
+    lower = _part(model, slice(first)).model
     lower.norm = nn.Identity()
     device, found = next(model.parameters()).device, []
-
-    def states(body: nn.Module, rows: Sequence[Example]) -> Tensor:
-        input = to_device(_together(rows)[0], device)
-        return body(**input, use_cache=False).last_hidden_state.cpu()
-
     with evaluating(model):
         for start in range(0, len(examples), batch_size):
             rows = examples[start : start + batch_size]
-            for each, state in zip(rows, states(lower, rows)):
+            input = to_device(_together(rows)[0], device)
+            states = lower(**input, use_cache=False).last_hidden_state.cpu()
+            for each, state in zip(rows, states):
                 state = state[: len(each["labels"])].clone()
                 found.append({"inputs_embeds": state, "labels": each["labels"]})
-        # the longest, since some layers differ from others only beyond a window
-        longest = max(range(len(found)), key=lambda row: len(found[row]["labels"]))
-        whole = states(model.model, examples[longest : longest + 1])
-        apart = (states(upper, found[longest : longest + 1]) - whole).norm()
-    if not apart <= 1e-2 * whole.norm():
-        raise ValueError(
-            f"model is a {type(model).__name__}, whose layers from {first} on give"
-            f" other states by themselves (off by {apart / whole.norm():.0%}); allowed"
-            " are models that apply one layer after the other and nothing between"
-        )
     return found
 
 # %% ../../nbs/05_adapting/07_instruct.ipynb #d34cb3d7
