@@ -468,3 +468,18 @@ def expect_multimodal(m):
     assert abs(m["false_negatives"]["blind"] - math.log(2)) < 1e-3
     assert m["false_negatives"]["told"] < 1e-3, "equal captions are no negatives"
     assert m["collapsed"] == {"naive": 1.0, "honest": 0.0}, "ties must lose"
+
+
+def test_each_module_gets_its_own_mode_back(signs):
+    rows = torch.arange(8)
+    tokenize = WordTokenizer([signs.captions[row] for row in rows.tolist()])
+    model = dual(len(tokenize)).train()
+    model.image_encoder.eval()
+    modes = [each.training for each in model.modules()]
+    encode_pairs(model, signs, rows, tokenize)
+    assert [each.training for each in model.modules()] == modes
+    prompt_vectors(model, {"one": ["letter"], "two": ["digit"]}, tokenize)
+    assert [each.training for each in model.modules()] == modes
+    with pytest.raises(TypeError):
+        prompt_vectors(model, {"one": ["letter"]}, lambda prompts: None(prompts))
+    assert [each.training for each in model.modules()] == modes

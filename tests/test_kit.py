@@ -27,6 +27,7 @@ from bigmodel_nb.kit.core import (
     best_dtype,
     copy_model,
     count_parameters,
+    evaluating,
     seed_everything,
 )
 from bigmodel_nb.kit.plots import (
@@ -549,6 +550,19 @@ def test_a_copy_computes_the_same_and_shares_nothing(name):
     assert all(
         torch.equal(value, before[key]) for key, value in model.state_dict().items()
     )
+
+
+def test_evaluating_gives_each_module_its_own_mode_back():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout().eval(), nn.Dropout())
+    before = [each.training for each in model.modules()]
+    assert before == [True, True, False, True]
+    with evaluating(model) as inside:
+        assert inside is model
+        assert not any(each.training for each in model.modules())
+    assert [each.training for each in model.modules()] == before
+    with pytest.raises(KeyError), evaluating(model):
+        raise KeyError
+    assert [each.training for each in model.modules()] == before
 
 
 def test_a_copy_keeps_ties_hooks_and_values_and_takes_what_the_memo_holds():

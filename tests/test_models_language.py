@@ -334,6 +334,26 @@ def test_with_a_cache_the_same_is_written(model):
     )
 
 
+def test_each_module_keeps_its_own_mode(model):
+    """One of them frozen in evaluation mode while the rest is in training mode."""
+    model.train()
+    model.blocks[0].eval()
+    before = [each.training for each in model.modules()]
+    calls = [
+        lambda: generate(model, tokens(2, 4), 3),
+        lambda: next(stream(model, tokens(2, 4), 3)),
+        lambda: window_losses(model, tokens(3, 9)),
+        lambda: attention_maps(model, tokens(1, 4)),
+    ]
+    for call in calls:
+        call()
+        assert [each.training for each in model.modules()] == before
+    for call in (window_losses, attention_maps):
+        with pytest.raises((IndexError, ValueError)):
+            call(model, tokens(2, 4) + 10**6)
+        assert [each.training for each in model.modules()] == before
+
+
 def test_a_batch_padded_on_the_left_writes_what_each_text_alone_does(model):
     texts = [tokens(1, n)[0] for n in (3, 8, 5)]
     longest = max(map(len, texts))

@@ -607,11 +607,14 @@ def a_diagnosis(d):
     return found.faults
 
 
-@case("count_parameters", "copy_model", "match_dtype")
+@case("count_parameters", "copy_model", "evaluating", "match_dtype")
 def of_models(d):
     model = net(d)
     x = images(d)[0].double()
+    with core.evaluating(model.train()):
+        inside = model(x.float())
     return [
+        inside,
         core.copy_model(model),
         core.count_parameters(model),
         objective.match_dtype(model, x),

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from .features import check_count, mean_pool, quiet_transformers
 from ..data.sources import read_table
-from ..kit.core import Proportion, best_device
+from ..kit.core import Proportion, best_device, evaluating
 from ..models.language import BERT, BERTConfig
 from ..training.loop import to_device
 
@@ -619,11 +619,10 @@ def encode_pairs(
     batch_size: int = 256,  # pairs at once
 ) -> tuple[Tensor, Tensor]:  # images and captions: (row, width) each, on the CPU
     "Where the image and the caption of each row are."
-    device, training = model.logit_scale.device, model.training
-    model.eval()
+    device = model.logit_scale.device
     batches = pair_loader(pairs, rows, tokenize, batch_size)
-    found = [model(**to_device(input, device))[:2] for input, _ in batches]
-    model.train(training)
+    with evaluating(model):
+        found = [model(**to_device(input, device))[:2] for input, _ in batches]
     return tuple(torch.cat(each).cpu() for each in zip(*found))
 
 # %% ../../nbs/05_adapting/12_multimodal.ipynb #78ebb386
@@ -636,11 +635,10 @@ def prompt_vectors(
     "The mean vector of each class's prompts, at norm 1. Raises `ValueError`."
     if not prompts:
         raise ValueError("prompts is empty; allowed are one or more classes")
-    device, training = model.logit_scale.device, model.training
-    model.eval()
-    means = [
-        model.encode_text(tokenize(each).to(device)).mean(0)
-        for each in prompts.values()
-    ]
-    model.train(training)
+    device = model.logit_scale.device
+    with evaluating(model):
+        means = [
+            model.encode_text(tokenize(each).to(device)).mean(0)
+            for each in prompts.values()
+        ]
     return F.normalize(torch.stack(means), dim=1).cpu()

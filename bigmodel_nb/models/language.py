@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kit.core import Estimate
+from ..kit.core import Estimate, evaluating
 from bigmodel_nb.models.layers import (
     Activation,
     Block,
@@ -257,9 +257,7 @@ def stream(
         None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     )
     caches = model.new_caches(input_ids.shape[1] + max_new_tokens)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for _ in range(max_new_tokens):
             last = model(input_ids, attention_mask, caches, logits_to_keep=1)[:, 0]
             drawn = sample(last, temperature, top_k, top_p, generator)
@@ -267,8 +265,6 @@ def stream(
             input_ids = drawn[:, None]
             if attention_mask is not None:
                 attention_mask = F.pad(attention_mask, (0, 1), value=1)
-    finally:
-        model.train(was_training)
 
 # %% ../../nbs/03_models/03_language.ipynb #bcf1ad4f
 def _check_length(model: GPT, input_ids: Tensor, max_new_tokens: int) -> None:
@@ -320,14 +316,12 @@ def window_losses(
             " at least one window of two tokens"
         )
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     found = []
-    for each in rows.split(batch_size):
-        logits = model(each[:, :-1].to(device)).float().transpose(1, 2)
-        loss = F.cross_entropy(logits, each[:, 1:].to(device), reduction="none")
-        found.append(loss.mean(1).cpu())
-    model.train(was_training)
+    with evaluating(model):
+        for each in rows.split(batch_size):
+            logits = model(each[:, :-1].to(device)).float().transpose(1, 2)
+            loss = F.cross_entropy(logits, each[:, 1:].to(device), reduction="none")
+            found.append(loss.mean(1).cpu())
     return torch.cat(found)
 
 
@@ -436,7 +430,7 @@ def attention_maps(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; allowed is a number above 0")
     layers, maps = [block.attention for block in model.blocks], []
-    was, was_training = [layer.causal for layer in layers], model.training
+    was = [layer.causal for layer in layers]
 
     def cool(layer: nn.Module, _: tuple, output: Tensor) -> Tensor:
         query, others = output.tensor_split([width], -1)
@@ -449,13 +443,13 @@ def attention_maps(
         keep = lambda layer, given: maps.append(attention_weights(layer, *given[:3]))
         hooks.append(layer.register_forward_pre_hook(keep))
     try:
-        model.eval()(*inputs)
+        with evaluating(model):
+            model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
         for layer, value in zip(layers, was):
             layer.causal = value
-        model.train(was_training)
     return torch.stack(maps)
 
 # %% ../../nbs/03_models/03_language.ipynb #4628ecb0
