@@ -59,9 +59,12 @@ def expect_selfvision(m):
 
 
 undecided_selfvision = {
-    "information.centring and sharpening": "the spread of one run",
-    "information.no centring": "of one run, which is about to collapse",
-    "entropies_without_centring": "of one run, which is about to collapse",
+    "information.centring and sharpening": "the spread of three runs",
+    "information.no centring": "of runs that are about to collapse",
+    "entropies_without_centring": "of runs that are about to collapse",
+    "information_lost.no centring": "of runs that are about to collapse",
+    "information_lost.no sharpening": "the spread of three runs",
+    "effective_rank": "directions of almost no variance count",
 }
 
 
