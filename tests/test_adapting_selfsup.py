@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from bigmodel_nb.adapting.selfsup import (
     TextEncoder,
     alignment,
+    causal_loss,
     check_pairs,
     few_label_accuracy,
     few_labels,
@@ -28,7 +29,7 @@ from bigmodel_nb.adapting.selfsup import (
     standardised,
     uniformity,
 )
-from bigmodel_nb.models.language import BERT, BERTConfig, MaskedLM
+from bigmodel_nb.models.language import BERT, GPT, BERTConfig, GPTConfig, MaskedLM
 from bigmodel_nb.training.loop import evaluate, fit
 
 
@@ -36,11 +37,10 @@ def expect_selfsup(m):
     assert m["masked_loss_change"]["own texts"]["high"] < 0, (
         "continued pretraining lowers the held-out loss on its kind of text"
     )
-    own = (
-        m["masked_loss_before"]["own texts"]
-        + m["masked_loss_change"]["own texts"]["value"]
+    assert m["small_losses"]["next token"]["high"] < m["unigram"], (
+        "context tells more than how frequent a token is"
     )
-    assert own < m["masked_loss_from_nothing"], "a pretrained start is ahead of none"
+    assert m["off_cache"] < 1e-4, "what frozen layers make of a text may be kept"
     for shares in (m["shares"], m["shares_of_transformers"]):
         expected = {
             "chosen, of ordinary": 0.15,
@@ -52,14 +52,21 @@ def expect_selfsup(m):
             assert abs(shares[name]["value"] - share) < 0.02, name
     assert max(m["apart"].values()) < 1e-12 and m["off_closed_form"] < 1e-12
     assert m["off_floor"] < 1e-6, "copies in a batch set a floor of log k"
-    gain = m["gain"]["pretraining (MiniLM over random weights)"]
-    assert gain["4"]["value"] > 0.05 and gain["16"]["value"] > 0.1, (
-        "pretraining helps the probe"
+    gain = m["gain"]["MiniLM over counted words"]
+    assert gain["4"]["low"] > 0.1 and gain["16"]["low"] > 0.1, (
+        "pretrained vectors need fewer labels"
     )
+    assert m["gain_with_fewer_labels"]["low"] > 0, "four labels with, sixteen without"
     tuned = m["gain_of_tuned_over_nothing"]["4"]
-    assert tuned["value"] > 0.08, "and the network that is trained along"
-    for way in ("masked words on the own texts", "SimCSE on the own texts"):
-        assert m["gain"][way]["16"]["value"] < 0.05, "a few steps are no great gain"
+    assert tuned["low"] > 0.1, "and so does the network that is trained along"
+    for kind in ("next token", "masked words"):
+        low = m["accuracy"][f"{kind}, from nothing, 4"]["value"]
+        assert low < m["accuracy"]["TF-IDF, 4"]["value"], (
+            "a few hundred texts are too few to learn a language from"
+        )
+    for way in ("masked words", "SimCSE"):
+        gain = m["gain"][f"{way} on the own texts, over MiniLM"]["16"]
+        assert gain["value"] < 0.05, "a few steps are no great gain"
 
 
 @pytest.fixture
@@ -158,6 +165,22 @@ def test_masked_loss_is_that_of_all_logits(words):
     loss = masked_loss(model, input, none)
     loss.backward()
     assert loss == 0, "a batch without a hidden token is worth nothing, and not nan"
+
+
+def test_causal_loss_is_that_of_each_text_alone(words):
+    "Padding counts nowhere, and the mean is over all next tokens of the batch."
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(len(words), 16, 16, 1, 2)).double().eval()
+    own = [torch.randint(5, len(words), (n,)) for n in (3, 7, 2, 1)]
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in own], True)
+    input = {"input_ids": nn.utils.rnn.pad_sequence(own, True), "attention_mask": mask}
+    total = 0.0
+    for each in own:
+        logits = model(each[None])[0, :-1]
+        total += F.cross_entropy(logits, each[1:], reduction="sum")
+    assert torch.isclose(causal_loss(model, input, None), total / 9)
+    alone = {name: each[3:, :1] for name, each in input.items()}
+    assert causal_loss(model, alone, None) == 0, "one token has no next one"
 
 
 def test_fit_and_evaluate_take_it(words):

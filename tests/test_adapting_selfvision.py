@@ -44,7 +44,13 @@ def expect_selfvision(m):
     for few in ("1", "2", "5"):
         assert m["gain"]["SimCLR against pixels"][few]["value"] > 0.02, few
     assert m["gain"]["MAE against pixels"]["5"]["value"] < 0, "a probe of MAE is poor"
+    nothing = m["gain_of_probe_over_nothing"]
+    assert nothing["1"]["value"] > 0.02 and nothing["2"]["value"] > 0.02, (
+        "with one or two labels a class the images without labels count"
+    )
     both = m["information"]["centring and sharpening"]
+    for force, lost in m["information_lost"].items():
+        assert lost["high"] < 0, f"{force}: collapse, in each run"
     assert m["information"]["no sharpening"] < 0.1 < 0.4 < both
     assert m["information"]["no centring"] < 0.5 * both, "each force is needed"
     assert m["masked_error"]["high"] < m["constant_error"], (
@@ -53,9 +59,12 @@ def expect_selfvision(m):
 
 
 undecided_selfvision = {
-    "information.centring and sharpening": "the spread of one run",
-    "information.no centring": "of one run, which is about to collapse",
-    "entropies_without_centring": "of one run, which is about to collapse",
+    "information.centring and sharpening": "the spread of three runs",
+    "information.no centring": "of runs that are about to collapse",
+    "entropies_without_centring": "of runs that are about to collapse",
+    "information_lost.no centring": "of runs that are about to collapse",
+    "information_lost.no sharpening": "the spread of three runs",
+    "effective_rank": "directions of almost no variance count",
 }
 
 

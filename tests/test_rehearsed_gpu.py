@@ -506,6 +506,15 @@ def texts_without_labels(d):
     ]
 
 
+@case("causal_loss")
+def next_tokens_of_texts(d):
+    tokens = ids(d)
+    mask = torch.ones_like(tokens)
+    mask[0, -2:] = 0
+    input = {"input_ids": tokens, "attention_mask": mask}
+    return [selfsup.causal_loss(gpt(d), input, None)]
+
+
 @case("few_labels", "standardised", "few_label_accuracy")
 def few_labels_of_each(d):
     x, y = images(d, 24)
