@@ -282,8 +282,7 @@ def _start(backbone: nn.Module, method: str, count: int) -> Tensor:
     modes = {module: module.training for module in backbone.modules()}
     cache = DynamicCache(config=backbone.config)
     try:
-        backbone.eval()
-        backbone(input_ids=ids, past_key_values=cache)
+        backbone.eval()(input_ids=ids, past_key_values=cache)
     finally:
         for module, mode in modes.items():
             module.training = mode
