@@ -60,6 +60,9 @@ def expect_methods(m):
     assert probe["base"] > probe["commonest"] + 0.1, "the probe reads something"
     stored, disk = m["stored_bytes"], m["disk_bytes"]
     assert stored["head"] < stored["bitfit"] < stored["lora"] < stored["dora"]
+    assert stored["bitfit"] < stored["ia3"], "a bias needs no inputs of its layer"
+    left = m["probe_by_rate_of_all_weights"].values()
+    assert min(left) < probe["base"] - 0.1, "too high a rate destroys old features"
     assert disk["ia3"] < disk["bitfit"] < disk["lora"] < disk["full"]
     ranks = m["rank_of_change"]
     assert ranks["lora"] <= 8 < ranks["ia3"], "scales change a weight at full rank"
@@ -606,6 +609,26 @@ def test_no_place_for_a_prompt():
     t5 = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1)
     with pytest.raises(ValueError, match="one stack of layers"):
         adapt(transformers.T5Model(t5), "prompt")
+
+
+def test_drawing_a_prefix_leaves_the_modes_of_training(monkeypatch):
+    model = bert().train()
+    model.encoder.layer[0].eval()
+    modes = [each.training for each in model.modules()]
+    adapt(model, "prefix")
+    remove_adaptation(model)
+    assert modes == [each.training for each in model.modules()]
+
+    def broken(*args, **kwargs):
+        assert not model.training, "keys and values are drawn without dropout"
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(model.encoder, "forward", broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        adapt(model, "prefix")
+    assert modes == [each.training for each in model.modules()]
+    assert all(each.requires_grad for each in model.parameters())
+    assert not hasattr(model, "_adaptation")
 
 
 def test_a_prefix_and_checkpointing():
