@@ -173,9 +173,10 @@ class Board:
         """The ratios that matter, of means over seeds."""
         mean = {k: np.mean([each.mean() for each in v]) for k, v in self.right.items()}
         f1 = {k: np.mean(v) for k, v in self.f1.items()}
-        print(
-            f"  means: { ({k: (round(v, 4), round(f1[k], 4)) for k, v in mean.items()}) }"
-        )
+        for method, value in mean.items():
+            print(
+                f"  mean of {method}: accuracy {value:.2%}, macro-F1 {f1[method]:.3f}"
+            )
         if {"lora", "full"} <= set(mean):
             print(f"  LoRA / full: {mean['lora'] / mean['full']:.4f}")
         for one, two in (("tfidf", "full"), ("head", "full"), ("trainer", "full")):

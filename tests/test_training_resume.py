@@ -69,6 +69,10 @@ def leaves_a_file(folder):
 
 def leaves_nothing(folder):
     pass
+
+
+def hangs(folder):
+    time.sleep(600)
 """
 HARD = dict(kills=2, signals=("SIGKILL",))
 OFTEN = dict(kills=4, signals=("SIGKILL",))
@@ -109,6 +113,11 @@ def test_a_script_that_fails(script, tmp_path):
         check_resume(f"{script}:fails", tmp_path / "a", **HARD)
     with pytest.raises(RuntimeError, match="left no file of weights"):
         check_resume(f"{script}:leaves_nothing", tmp_path / "b", **HARD)
+
+
+def test_a_script_that_hangs_before_its_first_file(script, tmp_path):
+    with pytest.raises(RuntimeError, match="it had not (begun|ended) after 5 s"):
+        check_resume(f"{script}:hangs", tmp_path / "a", timeout=5, **HARD)
 
 
 def test_a_script_that_does_not_start_again(script, tmp_path):

@@ -8,9 +8,9 @@ Colab and the links; cleans; writes README.md with its figures, and the glossary
 """
 
 import argparse
-import difflib
 import ast
 import base64
+import difflib
 import hashlib
 import json
 import os

@@ -189,12 +189,20 @@ def _written(folder: Path) -> dict[str, int]:
     return found
 
 
-def _first_write(process: subprocess.Popen, folder: Path, before: dict) -> float:
-    "Seconds until the files differ from what they were, or until the process ends."
+def _first_write(process: Any, folder: Path, before: dict, until: float) -> float:
+    "Seconds until the files differ from before, the process ends, or time is up."
     start = time.monotonic()
     while process.poll() is None and _written(folder) == before:
+        if time.monotonic() > until:
+            break
         time.sleep(0.005)
     return time.monotonic() - start
+
+
+def _paths() -> dict[str, str]:
+    "The environment in which a process finds the modules that this one finds."
+    paths = os.pathsep.join(each or os.getcwd() for each in sys.path)
+    return os.environ | {"PYTHONPATH": paths}
 
 
 def _last_line(log: Path) -> str:
@@ -220,11 +228,9 @@ class _Audit:
         work.mkdir(exist_ok=True)
         begun.unlink(missing_ok=True)
         before = _written(work)
-        paths = os.pathsep.join(each or os.getcwd() for each in sys.path)
         with open(self.folder / f"{name}.log", "wb") as log:
             command = [sys.executable, "-c", _CHILD, self.named, str(work), str(result)]
-            environment = os.environ | {"PYTHONPATH": paths}
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            process = subprocess.Popen(command, env=_paths(), stdout=log, stderr=log)
             try:
                 first = partial(_first_write, process, work, before)
                 self.watch(process, begun, kill, first)
@@ -246,20 +252,19 @@ class _Audit:
             time.sleep(0.002)
         start = time.monotonic()
         try:
+            wrote = first(until)
             if not kill:
-                self.first = self.first or first()
-            else:  # counted from its own first write: a busy machine starts late
-                first()
+                self.first = self.first or wrote
+            else:  # counted from its first write: a busy machine starts late
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(kill[1])
                 if process.poll() is None:
                     process.send_signal(getattr(signal, kill[0]))
                     self.kills.append((kill[0], time.monotonic() - start))
-            process.wait(30 if kill else max(0.0, until - start))
+            process.wait(30 if kill else max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             if not kill:
-                said = f"it had not ended after {self.timeout} s"
-                raise RuntimeError(said) from None
+                raise RuntimeError(f"it had not ended after {self.timeout} s") from None
 
 # %% ../../nbs/04_training/03_resume.ipynb #66fb9e32
 def _named(train: str | Callable) -> str:
