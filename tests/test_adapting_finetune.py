@@ -727,7 +727,11 @@ def test_other_tasks_are_reported_too(base, tmp_path, task):
     data = table(tmp_path, columns={"grade": grades})
     options = {"task": task, "separator": ";", "method": "head"}
     done = job(base, tmp_path, data, **options)
-    assert done.metrics["gain_over_majority"]["low"] > 0
+    if task == "labels":
+        assert done.metrics["gain_over_majority"]["low"] > 0
+    else:  # the median of two heaps is off by all or by nothing, on nine rows
+        assert done.metrics["gain_over_majority"]["value"] > 1
+        assert done.metrics["r_squared_model"]["low"] > 0.8
     model = load_estimator(done.folder / "model", device="cpu")
     (red,) = model.predict(["the red car 1"])
     assert red == ["red", "warm"] if task == "labels" else 2.5 < red < 5
