@@ -61,6 +61,11 @@ def nothing_is_left():
     )
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """Whole notebooks first: at the end no worker waits for a long test of another."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture
 def real_data() -> Path:
     """The folder of real data sets that BIGMODEL_DATA names."""

@@ -44,6 +44,7 @@ PRELOAD = (
     "torch",
     "torchvision",
     "transformers.modeling_utils",
+    "sklearn.linear_model",
 )  # what a kernel finds imported; nothing of this package, whose files may change
 
 # %% ../../nbs/10_headless/03_kernel.ipynb #1d614f80
