@@ -823,9 +823,9 @@ def test_a_job_on_own_rows_says_what_it_did_and_how_to_use_it(
         "Bradley",
         "this course",
         "SmolLM",
-        "Markdown object",
     ):
         assert of_lesson not in report, of_lesson
+    assert "Markdown object" not in done.report.read_text(encoding="utf-8")
     monkeypatch.chdir(done.folder)
     for name in ("adapter", "adapter-preferred"):
         said = (done.folder / name / "README.md").read_text(encoding="utf-8")
