@@ -1187,3 +1187,18 @@ def expect_optim(m):
         m["gain_over_gradient_descent"][name]["low"] > 0
         for name in ("Adam", "Muon, AdamW")
     ), "beyond what seeds change"
+
+
+@pytest.mark.parametrize("shape", [(3, 10), (64, 64), (96, 40)])
+def test_slow_bfloat16_is_computed_in_float32_and_rounded_alike(monkeypatch, shape):
+    torch.manual_seed(0)
+    matrix, found = torch.randn(*shape), []
+    for native in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(optim, "best_dtype", lambda device, native=native: native)
+        found.append(newton_schulz(matrix))
+    assert all(each.dtype == torch.bfloat16 for each in found)
+    apart = (found[0].float() - found[1].float()).norm() / found[0].float().norm()
+    assert apart < 0.02, "both differ by a few roundings"
+    exact = newton_schulz(matrix, dtype=torch.float64)
+    far = [(each.double() - exact).norm() / exact.norm() for each in found]
+    assert far[1] < 2 * far[0] + 0.01, "neither is nearer to the exact one"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kit.core import copy_model
+from ..kit.core import best_dtype, copy_model
 
 # %% ../../nbs/02_foundations/03_optim.ipynb #0c4d73c1
 def _check_options(group: dict[str, Any]) -> None:
@@ -364,9 +364,13 @@ def newton_schulz(
     (a, b, c), tall = coefficients, input.size(0) > input.size(1)
     x = (input.T if tall else input).to(dtype)
     x = x / x.norm().clamp(min=eps)
+    slow = dtype == torch.bfloat16 != best_dtype(x.device)
+    wide = torch.float32 if slow else dtype  # its products, rounded, are the same
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = x.to(wide)
+        gram = (x @ x.T).to(dtype).to(wide)
+        poly = torch.addmm(gram, gram, gram, beta=b, alpha=c).to(dtype).to(wide)
+        x = torch.addmm(x, poly, x, beta=a).to(dtype)
     return x.T if tall else x
 
 # %% ../../nbs/02_foundations/03_optim.ipynb #80bdc004
