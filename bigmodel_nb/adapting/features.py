@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from ..data.sources import split_indices
-from ..kit.core import Difference, Proportion, best_device
+from ..kit.core import Difference, Proportion, best_device, evaluating
 from ..models.pretrained import MODELS, fetch
 from ..training.loop import to_device
 
@@ -300,18 +300,6 @@ class SentenceEncoder(nn.Module):
         return map_texts(compute, self, texts, batch_size)
 
 # %% ../../nbs/05_adapting/01_features.ipynb #55c545b4
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    "Evaluation mode in here; afterwards each of its modules has its own mode again."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _layer_means(
     module: SentenceEncoder, input_ids: Tensor, attention_mask: Tensor
 ) -> Tensor:
@@ -335,7 +323,7 @@ def map_texts(
     lengths = loader.batch_sampler.lengths
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     device, found = next(module.parameters()).device, []
-    with _evaluating(module), torch.no_grad():
+    with evaluating(module), torch.no_grad():
         for start in range(0, len(order), batch_size):
             input, _ = loader.collate_fn(order[start : start + batch_size])
             found.append(compute(module, **to_device(input, device)).cpu())
@@ -415,7 +403,7 @@ def features(
         model = model.encoder
     device = best_device() if device is None else torch.device(device)
     found = []
-    with _evaluating(model.to(device)):
+    with evaluating(model.to(device)):
         for batch in loader:
             input = batch[0] if isinstance(batch, (tuple, list)) else batch
             input = to_device(input, device)

@@ -38,6 +38,7 @@ from bigmodel_nb.adapting.lora import (
     weight_sample,
     write_adapter,
 )
+from ..kit.core import evaluating
 
 # %% ../../nbs/05_adapting/03_methods.ipynb #c50d6f2a
 class _Around(nn.Module):
@@ -279,13 +280,9 @@ def _start(backbone: nn.Module, method: str, count: int) -> Tensor:
     ids = torch.randint(table.num_embeddings, (1, count)).to(table.weight.device)
     if method == "prompt":
         return table(ids)[0].to(**adapter_type(table), copy=True)
-    modes = {module: module.training for module in backbone.modules()}
     cache = DynamicCache(config=backbone.config)
-    try:
-        backbone.eval()(input_ids=ids, past_key_values=cache)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(backbone):
+        backbone(input_ids=ids, past_key_values=cache)
     parts = [torch.stack([each.keys[0], each.values[0]]) for each in cache.layers]
     made = torch.stack(parts).permute(3, 0, 1, 2, 4).reshape(count, -1)
     return made.to(**adapter_type(table)).contiguous()

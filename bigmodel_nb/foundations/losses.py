@@ -10,12 +10,13 @@ __all__ = ['log_softmax', 'softmax', 'nll_loss', 'cross_entropy', 'focal_loss', 
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Iterator, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from ..kit.core import evaluating
 
 # %% ../../nbs/02_foundations/01_losses.ipynb #cf50ba5d
 def _wide(input: Tensor) -> Tensor:
@@ -685,19 +686,6 @@ def _start(
     return [] if trained or dim is not None else _rare(asked, output, wants, value)
 
 # %% ../../nbs/02_foundations/01_losses.ipynb #38770ec0
-@contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    "`model` in evaluation mode, without gradients; its modes come back afterwards."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _outputs(model: nn.Module, input: Tensor | Mapping[str, Any]) -> Tensor:
     output = model(**input) if isinstance(input, Mapping) else model(input)
     output = getattr(output, "logits", output)  # as transformers give them
@@ -789,7 +777,7 @@ def check_outputs(
     checked. Raises `TypeError` for a model whose output is no floating tensor.
     """
     input, target = batch
-    with _at_rest(model):
+    with evaluating(model), torch.no_grad():
         output = _outputs(model, input)
         numbers = isinstance(input, Tensor) and input.is_floating_point()
         factors = (100.0, -100.0) if numbers else ()

@@ -30,7 +30,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..kit.core import Proportion, best_dtype, copy_model
+from ..kit.core import Proportion, best_dtype, copy_model, evaluating
 from ..training.loop import forward, match_dtype
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #6d7e5a99
@@ -558,18 +558,6 @@ def _random_states(model: nn.Module) -> Iterator[None]:
             source.set_rng_state(state)
 
 # %% ../../nbs/06_robust/01_attacks.ipynb #e220b3a6
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    "Evaluation mode while the body runs; then each module has its own mode again."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _differ(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
     "Whether each tensor has changed: one question to a device for all, not one each."
     if not pairs:
@@ -587,7 +575,7 @@ def _guest(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    with _random_states(model), _in_evaluation(model):
+    with _random_states(model), evaluating(model):
         try:
             yield
         finally:

@@ -26,13 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..foundations.losses import cross_entropy, kl_divergence, log_softmax
-from ..kit.core import Proportion, copy_model
+from ..kit.core import Proportion, copy_model, evaluating
 from bigmodel_nb.robust.attacks import (
     FGSM,
     PGD,
     _best_change,
     _checked,
-    _in_evaluation,
     _project,
     _random_change,
     _random_states,
@@ -119,7 +118,7 @@ class RobustObjective(KeepsState):
         "The batch under attack."
         attack = _seeded(_for_training(self.attack, self._climb), self._calls)
         self._calls += 1
-        with _in_evaluation(model):  # no verdict hangs on what is found
+        with evaluating(model):  # no verdict hangs on what is found
             return attack._attacked(model, input, target, confirmed=False)[0]
 
     @property
@@ -666,7 +665,7 @@ class _Checks:
 
     def look(self, batch: int) -> dict:
         "Another check, of which the best is kept with the weights."
-        with _in_evaluation(self.model):
+        with evaluating(self.model):
             one, several = (
                 robust_accuracy(self.model, self.held_out, attack)
                 for attack in (self.one_step, self.attack)

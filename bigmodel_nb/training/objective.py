@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..foundations.losses import cross_entropy
-from ..kit.core import Proportion, best_dtype
+from ..kit.core import Proportion, best_dtype, evaluating
 
 # %% ../../nbs/04_training/01_objective.ipynb #96ade1ed
 def forward(
@@ -211,22 +211,6 @@ def supervised(
     return objective
 
 # %% ../../nbs/04_training/01_objective.ipynb #df3599c0
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in evaluation mode and no gradient is kept.
-
-    Afterwards each of its modules has its own mode again.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def checked_batches(
     loader: Iterable,  # batches (input, target)
     device: torch.device,  # where to
@@ -558,7 +542,8 @@ def evaluate(
     generators = [device] if device.type == "cuda" else []
     given = (objective, model, loader, device, bool(metrics), together)
     run = functools.partial(_sums, *given)
-    with _evaluating(model), torch.random.fork_rng(generators):
+    forked = torch.random.fork_rng(generators)
+    with evaluating(model), torch.no_grad(), forked:
         (loss, count, hits, without), kept = _added(run, device) if together else run()
     if not count:
         index = getattr(objective, "ignore_index", -100)
@@ -579,7 +564,7 @@ def predict(
     """
     model = _unwrapped(model, together=False)
     device, logits = _device_of(model, device), []
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         for batch in loader:
             input = batch[0] if isinstance(batch, (list, tuple)) else batch
             input = match_dtype(model, to_device(input, device), copy=True)
