@@ -3,6 +3,8 @@ thing, and a search that leaves everything as it was. No test asserts a time."""
 
 import copy
 import math
+import re
+import time
 
 import pytest
 import torch
@@ -265,6 +267,9 @@ def test_each_setting_is_within_its_bound():
     assert [each.settings for each in found] == changes
     for each in found:
         assert each.error <= speed.BOUNDS[each.settings.precision]
+        if each is found[0] and each.ratio is None:  # where bfloat16 is not native
+            assert not each.kept and each.why.startswith("slower: a pass takes")
+            continue
         assert each.memory > 0 and each.ratio.n == 6
     assert 1e-4 < found[0].error, "bfloat16 was in force"
     assert found[4].error == 0 and found[4].memory < base.memory
@@ -283,6 +288,42 @@ def test_what_a_model_lacks_gets_a_row_that_says_so():
     assert not any(each.kept for each in found)
     assert "no attention" in found[0].why and "ModuleList" in found[1].why
     assert "Rprop" in found[2].why
+
+
+class Crawl(nn.Module):
+    "In bfloat16, or while it is cold, a pass takes its time; made for copies too."
+
+    def __init__(self, cold: bool):
+        super().__init__()
+        self.inner, self.cold, self.passes = nn.Linear(8, 4), cold, 0
+
+    def forward(self, x):
+        y, self.passes = self.inner(x), self.passes + 1
+        if y.dtype == torch.bfloat16 and (self.passes == 1 or not self.cold):
+            Crawl.crawled += 1
+            time.sleep(0.5)
+        return y.float()
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_hopeless_settings_are_given_up_at_once_and_cold_ones_are_not(cold):
+    Crawl.crawled, rows = 0, (torch.randn(16, 8), torch.randint(4, (16,)))
+    changes = [Settings(precision="bfloat16"), Settings(fused=True)]
+    _, bf16, fused = compare_settings(Crawl(cold), rows, changes, rounds=30)
+    assert fused.ratio.n == 30, "the others go on"
+    if cold:
+        assert Crawl.crawled == 1 and bf16.ratio.n == 30 and bf16.memory > 0
+        return
+    assert Crawl.crawled == 2, "two passes and no step"
+    assert (bf16.ratio, bf16.memory, bf16.kept) == (None, None, False)
+    assert bf16.error < 0.1 and re.search(r"slower: .* \d+ times as long", bf16.why)
+
+
+def test_the_search_does_not_return_to_what_was_hopeless():
+    Crawl.crawled, rows = 0, (torch.randn(16, 8), torch.randint(4, (16,)))
+    found = fastest(Crawl(False), rows, rounds=6)
+    assert Crawl.crawled == 2 and found.settings.precision == "float32"
+    assert [each.change for each in found.trials].count("precision: bfloat16") == 1
 
 
 # -- the search ----------------------------------------------------------------------

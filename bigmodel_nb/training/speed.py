@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter, sleep
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/04_training/05_speed.ipynb #5eed0a17
-from ..kit.core import Estimate, copy_model
+from ..kit.core import Estimate, copy_model, evaluating
 from ..models.layers import MultiHeadAttention
 from ..models.scale import LiveMemory, Roofline
 from bigmodel_nb.training.objective import (
@@ -485,16 +485,13 @@ class _Tried(_Twin):
 
     def gradient(self, batch: tuple) -> list[Tensor]:
         "Of the whole model, in evaluation mode; parameters without one give 0."
-        modes = [(each, each.training) for each in self.model.modules()]
-        self.model.eval()
-        self.forward(batch).backward()
+        with evaluating(self.model):
+            self.forward(batch).backward()
         found = [
             torch.zeros_like(each) if each.grad is None else each.grad.detach()
             for each in self.model.parameters()
         ]
         self.optimizer.zero_grad(set_to_none=True)
-        for module, mode in modes:
-            module.training = mode
         return found
 
     def memory(self, batch: tuple) -> int | None:
@@ -533,7 +530,7 @@ class Trial:
     "One change of settings, measured."
 
     change: str  # what was changed, such as "precision: bfloat16"
-    ratio: Ratio | None  # against the settings before; None: it could not be tried
+    ratio: Ratio | None  # against the settings before; None: `why` says why not
     memory: int | None  # peak bytes of a step; None: not known
     error: float | None  # of the gradient against float32, relative
     kept: bool  # whether it won
@@ -564,7 +561,8 @@ def compare_settings(
     """Time, memory and gradient of each setting beside `base`.
 
     All take turns in the same rounds. A setting that this model, optimizer or machine
-    does not allow gets a row that says why. Raises `ValueError`.
+    does not allow gets a row that says why, and so does one whose first passes take
+    more than five times as long as that of `base`. Raises `ValueError`.
     """
     check_rounds(rounds)
     _check_batch(batch)
@@ -573,37 +571,51 @@ def compare_settings(
     batch = to_device(batch, reference.device)
     with _same_draws(reference.device):
         exact = reference.gradient(batch)
-        tried, facts = {}, {}
+        facts = {}
         for how in dict.fromkeys((base, *changes)):
+            make = partial(_Tried, model, optimizer, objective, how)
+            limit = math.inf if how.compiled or not facts else 5 * facts[base].passed
             try:
-                facts[how] = _facts(model, optimizer, objective, how, batch, exact)
-                tried[how] = facts[how][0]
+                facts[how] = _facts(make, how, batch, exact, limit)
             except (ValueError, RuntimeError) as error:
                 if how == base:
                     raise
                 facts[how] = str(error).splitlines()[0]
-        ways = {how: partial(each.step, batch) for how, each in tried.items()}
+        tried = {how: getattr(each, "twin", None) for how, each in facts.items()}
+        ways = {how: partial(twin.step, batch) for how, twin in tried.items() if twin}
         seconds = interleaved(ways, rounds, reference.device)
-    return [_trial(base, how, facts[how], seconds) for how in facts]
+    return [_trial(base, how, facts, seconds) for how in facts]
 
 # %% ../../nbs/04_training/05_speed.ipynb #f8c61849
+class _Facts(NamedTuple):
+    "What is known of settings before the rounds."
+
+    error: float  # of the gradient
+    passed: float  # seconds of a pass, forwards and backwards
+    first: float = math.nan  # seconds until the first step was made
+    twin: _Tried | None = None  # None: hopeless, no step was made
+    memory: int | None = None
+
+
 def _facts(
-    model: nn.Module,
-    optimizer: Any,
-    objective: Any,
-    how: Settings,
-    batch: tuple,
-    exact: list[Tensor],
-) -> tuple[_Tried, int | None, float, float]:
-    "A twin in its settings, its memory, the error of its gradient, its first call."
+    make: Callable, how: Settings, batch: tuple, exact: list[Tensor], limit: float
+) -> _Facts:
+    "The facts of a twin in its settings; no step if its passes are over `limit`."
     if how.compiled and not can_compile(batch[1].device):
         raise ValueError("torch.compile finds no compiler here")
-    twin = _Tried(model, optimizer, objective, how)
+    twin = make()
     start = perf_counter()
     error = _distance(twin.gradient(batch), exact)
+    passed = perf_counter() - start
+    if passed > limit:  # or was it cold only?
+        again = perf_counter()
+        twin.gradient(batch)
+        passed = perf_counter() - again
+    if passed > limit:
+        return _Facts(error, passed)
     twin.step(batch)  # makes the optimizer's moments
     first = perf_counter() - start
-    return twin, twin.memory(batch), error, first
+    return _Facts(error, passed, first, twin, twin.memory(batch))
 
 
 def can_compile(
@@ -617,19 +629,24 @@ def can_compile(
     return any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
 
 
-def _trial(base: Settings, how: Settings, facts: Any, seconds: dict) -> Trial:
+def _trial(base: Settings, how: Settings, facts: dict, seconds: dict) -> Trial:
     "What was measured, and whether it is a gain."
-    if isinstance(facts, str):
-        return Trial(_change(base, how), None, None, None, False, facts, how)
-    _, memory, error, first = facts
+    found, change = facts[how], _change(base, how)
+    if isinstance(found, str):
+        return Trial(change, None, None, None, False, found, how)
+    error, passed, first, twin, memory = found
     bound = BOUNDS[how.precision]
     if how == base:
         return Trial("none", None, memory, error, True, "where it starts", how, first)
+    if twin is None:
+        times = f"{passed / facts[base].passed:.0f} times as long as without it"
+        why = f"slower: a pass takes {times}, so no step was timed"
+        return Trial(change, None, None, error, False, why, how)
     ratio = Ratio.of(seconds[base], seconds[how])
     kept, why = ratio.verdict == "faster", ratio.verdict
     if not error <= bound:
         kept, why = False, f"its gradient is off by {error:.2g}, more than {bound:g}"
-    return Trial(_change(base, how), ratio, memory, error, kept, why, how, first)
+    return Trial(change, ratio, memory, error, kept, why, how, first)
 
 # %% ../../nbs/04_training/05_speed.ipynb #88653460
 def peak_memory(
@@ -770,7 +787,7 @@ def fastest(
             trials += told
             if winner is not None:
                 now, again[:] = winner, list(rejected) if queue is not again else again
-            elif lever != "checkpointing":
+            elif lever != "checkpointing" and any(each.ratio for each in found):
                 rejected.append(lever)
     start, *last = measure([now] if now != Settings() else [])
     if not last:
