@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bigmodel_nb.data.sources import digits, loader
+from bigmodel_nb.kit.exercises import _seeded
 from bigmodel_nb.models.language import GPT, GPTConfig
 from bigmodel_nb.robust.attacks import PGD
 from bigmodel_nb.training.loop import fit
@@ -72,3 +73,15 @@ def test_mixed_precision():
     one, other = objective(here, x, y), objective(there, x.cuda(), y.cuda())
     assert other.is_cuda
     torch.testing.assert_close(other.cpu().float(), one.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_the_cases_of_an_exercise_leave_the_generator_of_the_gpu_as_it_was():
+    torch.rand(1, device="cuda")
+    torch.cuda.manual_seed(3)
+    expected = torch.rand(2, device="cuda")
+    torch.cuda.manual_seed(3)
+    with _seeded(5):
+        first = torch.rand(2, device="cuda")
+    assert torch.equal(torch.rand(2, device="cuda"), expected)
+    with _seeded(5):
+        assert torch.equal(torch.rand(2, device="cuda"), first)

@@ -804,12 +804,14 @@ def test_killed_anywhere_while_saving(tmp_path):
         child = context.Process(target=work, args=(before, theirs))
         child.start()
         assert ours.recv() == "ready"
-        time.sleep(draw.random() * min(3 * takes, 0.2))
+        time.sleep(draw.random() * 3 * takes)
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         steps = loads_whole(tmp_path)
         assert not before or steps and steps[-1] >= before
-        before = steps[-1] if steps else 0
+        saved = (steps[-1] if steps else 0) - before
+        takes *= 1.2 if not saved else 0.9 if saved > 3 else 1  # a machine gets busy
+        before += saved
     assert before > 30, "many were saved"
     checkpoints.save(before + 1, {"step": before + 1})
     assert len(visible(tmp_path)) == 2, "what the dead left is gone"
@@ -819,6 +821,9 @@ def test_killed_process_restarts_in_its_folder(tmp_path):
     before = 0
     for _ in range(3):
         process = started(tmp_path)
+        end = time.monotonic() + 60
+        while time.monotonic() < end and Checkpoints(tmp_path).steps()[-1:] <= [before]:
+            time.sleep(0.01)
         time.sleep(0.05)
         process.kill()
         process.wait()

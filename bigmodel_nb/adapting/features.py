@@ -585,7 +585,7 @@ def _search(
         )
     parts = StratifiedKFold(min(folds, counts.min()), shuffle=True, random_state=seed)
     return GridSearchCV(
-        make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
+        make_pipeline(StandardScaler(), LogisticRegression(solver="newton-cg")),
         {"logisticregression__C": list(penalties)},
         scoring={"loss": "neg_log_loss", "accuracy": "accuracy"},
         refit="loss",

@@ -178,7 +178,7 @@ def _names(notebook: Mapping[str, Any]) -> dict[str, Any]:
         {},
         [_source(cell) for cell in notebook["cells"] if cell["cell_type"] == "code"],
     )
-    for source in code:
+    for source in (each for each in code if "import" in each):
         with suppress(
             SyntaxError, ImportError
         ):  # a line of magic, a library that is not there
@@ -209,15 +209,19 @@ def _seeded(seed: int) -> Iterator[None]:
     nothing had been.
     """
     torch = sys.modules.get("torch")
+    on_gpu = torch and torch.cuda.is_initialized()
     before = (
         random.getstate(),
         np.random.get_state(),
         torch.get_rng_state() if torch else None,
+        torch.cuda.get_rng_state_all() if on_gpu else None,
     )
     random.seed(seed)
     np.random.seed(seed)
-    if torch:
-        torch.manual_seed(seed)
+    if torch:  # torch.manual_seed writes a stack down for each device not in use
+        torch.default_generator.manual_seed(seed)
+    if on_gpu:
+        torch.cuda.manual_seed_all(seed)
     try:
         yield
     finally:
@@ -225,6 +229,8 @@ def _seeded(seed: int) -> Iterator[None]:
         np.random.set_state(before[1])
         if torch:
             torch.set_rng_state(before[2])
+        if on_gpu:
+            torch.cuda.set_rng_state_all(before[3])
 
 # %% ../../nbs/00_kit/04_exercises.ipynb #470810a9
 def _plain(value: Any) -> Any:
