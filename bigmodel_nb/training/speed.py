@@ -617,7 +617,7 @@ def _facts(
     first = perf_counter() - start
     return _Facts(error, passed, first, twin, twin.memory(batch))
 
-
+# %% ../../nbs/04_training/05_speed.ipynb #7c1b52e4
 def can_compile(
     device: torch.device | str = "cpu",  # where the compiled code would run
 ) -> bool:
