@@ -27,7 +27,7 @@ from sklearn.model_selection import train_test_split
 from bigmodel_nb.adapting.classifier import TextSplit, tfidf_baseline
 from bigmodel_nb.adapting.finetune import TextClassifier
 from bigmodel_nb.data.sources import read_table, text_rows
-from bigmodel_nb.kit.core import Difference, Proportion
+from bigmodel_nb.kit.core import Difference, Proportion, best_dtype
 from bigmodel_nb.models.pretrained import fetch
 
 SETS = ("sst2", "banking77-5", "banking77-10", "banking77", "phrasebank", "waimai")
@@ -128,7 +128,7 @@ def trainer_answers(parts, rate: float, asked, seed: int) -> tuple:
             learning_rate=rate,
             warmup_steps=0.1,
             weight_decay=0.01,
-            bf16=True,
+            bf16=best_dtype() is torch.bfloat16,
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
             save_strategy="no",
