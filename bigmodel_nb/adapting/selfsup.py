@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from .features import check_count, mean_pool, tokenized_loader
-from ..kit.core import Proportion
+from ..kit.core import Proportion, evaluating
 from ..models.language import BERT, MaskedLM
 from ..models.language import mask_tokens as mask_allowed
 from ..training.objective import forward
@@ -209,15 +209,13 @@ def frozen(
     Raises `RuntimeError` at the end if a weight or a buffer is not what it was, bit by
     bit.
     """
-    modes = {each: each.training for each in model.modules()}
     asked = {each: each.requires_grad for each in model.parameters()}
     before = _bits(model)
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        yield model
+        with evaluating(model):
+            yield model
     finally:
-        for each, mode in modes.items():
-            each.training = mode
         for each, wanted in asked.items():
             each.requires_grad_(wanted)
     now = _bits(model)

@@ -27,6 +27,7 @@ from matplotlib.patches import FancyBboxPatch
 from torch import Tensor, fx, nn
 from traitlets import TraitError
 
+from .core import evaluating
 from .plots import COLORS, figure, png, reference_line, with_palette
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #74924ea9
@@ -784,19 +785,15 @@ def _draw_losses(axes: Axes, losses: np.ndarray, style: dict) -> None:
 def _watched(model: nn.Module):
     "Evaluation mode, no gradient, attention in its plain form; afterwards as before."
     form = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    modes = [(each, each.training) for each in model.modules()]
     switched = form not in (None, "eager") and hasattr(model, "set_attn_implementation")
     if switched:
         model.set_attn_implementation("eager")
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         if switched:
             model.set_attn_implementation(form)
-        for each, training in modes:
-            each.training = training
 
 # %% ../../nbs/00_kit/05_widgets.ipynb #600132b4
 def _attend(
