@@ -11,7 +11,10 @@ import psutil
 import pytest
 
 OFFLINE = Path(__file__).parent / "offline"
-# what these tests start inherits it
+# what these tests start inherits both: Ctrl-C, where a shell's background ignores it,
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+# and the mark
 MARK = os.environ["BIGMODEL_TESTS"] = str(uuid.uuid4())
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -83,14 +86,3 @@ def workshop(tmp_path, monkeypatch) -> Path:
     """An empty folder that is the current one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def interruptible():
-    """Ctrl-C as in a terminal, even where the tests were started in the background.
-
-    What is started there ignores it.
-    """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)

@@ -666,7 +666,7 @@ for _ in range(600):
 @pytest.mark.parametrize(
     "source", [WAIT, STUBBORN], ids=["sleeps", "catches the interrupt"]
 )
-def test_ctrl_c_is_an_interrupted_run(save, interruptible, source):
+def test_ctrl_c_is_an_interrupted_run(save, source):
     import _thread
 
     name = save("'shown'", source, "'never'")

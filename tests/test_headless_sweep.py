@@ -672,7 +672,7 @@ class Silent:
     ids=["now", "before"],
 )
 def test_a_run_that_ended_before_the_interrupt_is_told_so_if_this_sweep_began_it(
-    save, interruptible, begun_later, status
+    save, begun_later, status
 ):
     board = _Board(
         Path("out").absolute(), "mine", ["n"], {"a": {"n": 1}, "b": {"n": 2}}

@@ -189,7 +189,7 @@ def test_different_collectives_are_named(own_folders):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-def test_an_interrupt_stops_all_ranks(own_folders, interruptible):
+def test_an_interrupt_stops_all_ranks(own_folders):
     code = START + "print('here')\ntime.sleep(1000)\n"
     stopper = threading.Timer(12, os.kill, (os.getpid(), signal.SIGINT))
     stopper.start()
