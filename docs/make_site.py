@@ -11,7 +11,9 @@ import shutil
 import sys
 import tempfile
 from configparser import ConfigParser
+from functools import cache
 from html import escape
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
@@ -19,11 +21,12 @@ from nbformat.v4 import new_markdown_cell
 from sphinx.cmd.build import main as sphinx
 
 from bigmodel_nb.headless.parameters import declaration
-from bigmodel_nb.kit.exercises import catalogue, notebooks_folder
+from bigmodel_nb.kit import exercises
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-NOTEBOOKS = notebooks_folder()
+NOTEBOOKS = exercises.notebooks_folder()
+catalogue = cache(exercises.catalogue)  # asked for each link
 SCRAP = "application/scrapbook.scrap.json+json"
 CHAPTERS = {
     "kit": "What every notebook stands on: device and seeds, pictures, recorded"
@@ -306,6 +309,9 @@ def write_sources(folder: Path) -> None:
 
 def run_sphinx(source: Path, out: Path, builder: str = "html") -> int:
     """Sphinx on the pages in `source`; its exit code."""
+    for name in catalogue():  # once, and not again in each process that Sphinx forks
+        if module := module_of(name):
+            import_module(f"bigmodel_nb.{module}")
     options = ["-b", builder, *"-n -W --keep-going -q -j auto".split()]
     places = ["-c", str(HERE), "-d", f"{source}.doctrees", str(source), str(out)]
     return sphinx([*options, *places])
