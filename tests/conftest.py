@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 OFFLINE = Path(__file__).parent / "offline"
-# what these tests start inherits both: Ctrl-C, where a shell's background ignores it,
+# In a shell's background Ctrl-C is ignored, also by all that is started there.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# and the mark
+# what these tests start inherits it
 MARK = os.environ["BIGMODEL_TESTS"] = str(uuid.uuid4())
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(

@@ -291,7 +291,7 @@ def test_what_a_model_lacks_gets_a_row_that_says_so():
 
 
 class Crawl(nn.Module):
-    "In bfloat16, or while it is cold, a pass takes its time; made for copies too."
+    "In bfloat16 each pass takes its time, or the first alone, which is cold."
 
     def __init__(self, cold: bool):
         super().__init__()

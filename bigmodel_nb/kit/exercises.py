@@ -209,19 +209,23 @@ def _seeded(seed: int) -> Iterator[None]:
     nothing had been.
     """
     torch = sys.modules.get("torch")
-    on_gpu = torch and torch.cuda.is_initialized()
+    gpu = (
+        torch.get_device_module()
+        if torch and torch.accelerator.is_available()
+        else None
+    )
     before = (
         random.getstate(),
         np.random.get_state(),
         torch.get_rng_state() if torch else None,
-        torch.cuda.get_rng_state_all() if on_gpu else None,
+        gpu.get_rng_state() if gpu else None,
     )
     random.seed(seed)
     np.random.seed(seed)
     if torch:  # torch.manual_seed writes a stack down for each device not in use
         torch.default_generator.manual_seed(seed)
-    if on_gpu:
-        torch.cuda.manual_seed_all(seed)
+    if gpu:
+        gpu.manual_seed(seed)
     try:
         yield
     finally:
@@ -229,8 +233,8 @@ def _seeded(seed: int) -> Iterator[None]:
         np.random.set_state(before[1])
         if torch:
             torch.set_rng_state(before[2])
-        if on_gpu:
-            torch.cuda.set_rng_state_all(before[3])
+        if gpu:
+            gpu.set_rng_state(before[3])
 
 # %% ../../nbs/00_kit/04_exercises.ipynb #470810a9
 def _plain(value: Any) -> Any:

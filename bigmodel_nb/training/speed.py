@@ -581,8 +581,12 @@ def compare_settings(
                 if how == base:
                     raise
                 facts[how] = str(error).splitlines()[0]
-        tried = {how: getattr(each, "twin", None) for how, each in facts.items()}
-        ways = {how: partial(twin.step, batch) for how, twin in tried.items() if twin}
+        known = {how: each for how, each in facts.items() if isinstance(each, _Facts)}
+        ways = {
+            how: partial(each.twin.step, batch)
+            for how, each in known.items()
+            if each.twin is not None
+        }
         seconds = interleaved(ways, rounds, reference.device)
     return [_trial(base, how, facts, seconds) for how in facts]
 

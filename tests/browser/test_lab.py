@@ -28,12 +28,12 @@ def seconds(name):
 
 
 def cheapest_of_each_chapter():
-    """Up to half a minute: what computes for longer is no other page to a browser."""
+    """The tour too; of the chapters, those that have one of up to half a minute."""
     chapters = {}
     for name in catalogue():
         chapters.setdefault(name.split("/")[0], []).append(name)
     cheapest = [min(names, key=seconds) for names in chapters.values()]
-    return [name for name in cheapest if seconds(name) <= 30]
+    return [name for name in cheapest if name == "tour" or seconds(name) <= 30]
 
 
 def of_cells(*sources, kernel="python3"):
