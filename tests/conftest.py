@@ -81,6 +81,21 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_libraries(request):
+    """For chapter 10, processes that fork kernels import a few small libraries only.
+
+    To import torch and the others takes longer than a hundred kernels that need none.
+    """
+    from bigmodel_nb.headless import kernel
+
+    few = ("ipykernel.kernelapp", "ipykernel.zmqshell", "numpy")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name.startswith("test_headless"):
+            patch.setattr(kernel, "PRELOAD", few)
+        yield
+
+
 @pytest.fixture
 def workshop(tmp_path, monkeypatch) -> Path:
     """An empty folder that is the current one."""

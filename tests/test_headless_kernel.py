@@ -22,6 +22,7 @@ from bigmodel_nb.headless.run import RunFailed, run
 pytestmark = pytest.mark.skipif(
     not kernel.can_fork(), reason="forked kernels are a matter of Linux"
 )
+LIBRARIES = kernel.PRELOAD
 
 
 def environment() -> dict[str, str]:
@@ -39,6 +40,13 @@ def warmed():
 @pytest.fixture
 def zygote():
     """The tests of a worker share it until one of them ends it."""
+    return warmed()
+
+
+@pytest.fixture
+def whole_zygote(monkeypatch):
+    """One that has imported all that a zygote does where nothing else is asked for."""
+    monkeypatch.setattr(kernel, "PRELOAD", LIBRARIES)
     return warmed()
 
 
@@ -75,22 +83,7 @@ def gone(pid: int, seconds: float = 10) -> bool:
 
 
 RECORD = "from bigmodel_nb.kit.record import record\n"
-PARENT = RECORD + "import os; record('parent', os.getppid())"
-
-
-def test_a_run_forks_its_kernel_where_a_zygote_is_ready(save, zygote):
-    done = copied(
-        save(
-            PARENT,
-            (
-                "import sys; record('torch', 'torch' in sys.modules); "
-                "record('ours', [m for m in sys.modules if m == "
-                "'bigmodel_nb.headless'])"
-            ),
-        ),
-        out="out",
-    )
-    assert done.metrics == {"parent": zygote.process.pid, "torch": True, "ours": []}
+PARENT = RECORD + "import numpy, os; record('parent', os.getppid())"
 
 
 def test_without_a_zygote_the_kernel_is_an_ordinary_one(save, monkeypatch):
@@ -110,48 +103,6 @@ def test_the_second_run_of_a_process_starts_a_zygote_beside_itself(save, monkeyp
     kernel.cool()
 
 
-def test_a_forked_kernel_is_like_an_ordinary_one(save, zygote):
-    source = (
-        RECORD
-        + """
-import os, random, sys, threading, numpy, torch, matplotlib
-record('facts', {
-    'name': __name__,
-    'argv': sys.argv[1:2],
-    'path': getattr(sys, 'pa' + 'th')[0],
-    'folder': os.path.basename(os.getcwd()),
-    'threads': torch.get_num_threads(),
-    'backend': matplotlib.get_backend(),
-    'spin': os.environ.get('GOMP_SPINCOUNT'),
-    'leader': os.getsid(0) == os.getpid(),
-    'input': sys.stdin.read(),
-    'main': threading.current_thread() is threading.main_thread(),
-})
-draws = random.random(), float(numpy.random.rand()), torch.rand(())
-record('draws', [*draws, torch.initial_seed()])
-"""
-    )
-    forked, other = (
-        copied(save(source), out="out/a").metrics,
-        copied(save(source), out="out/a2").metrics,
-    )
-    kernel.cool()
-    command = [
-        sys.executable,
-        "-c",
-        (
-            "import sys; from bigmodel_nb.headless.run import run; "
-            "run('mine.ipynb', out='plain/a')"
-        ),
-    ]
-    subprocess.run(command, check=True)
-    plain = json.loads(Path("plain/a/metrics.json").read_text())["metrics"]
-    assert forked["facts"] == plain["facts"]
-    assert all(one != two for one, two in zip(forked["draws"], other["draws"])), (
-        "each copy draws its own numbers"
-    )
-
-
 STATE = [
     (
         "import logging, os, sys, warnings\n"
@@ -160,7 +111,7 @@ STATE = [
     ),
     (
         "import matplotlib.pyplot as plt, numpy, pandas, torch, torchvision, "
-        "transformers.modeling_utils, tqdm.auto"
+        "transformers.modeling_utils, sklearn.linear_model, tqdm.auto"
     ),
     """
 import gc, json, locale, matplotlib, resource, signal, threading
@@ -229,58 +180,6 @@ json.dump([before, after], open('state.json', 'w'))
         "3)(torch.ones(1, 3)).tolist(), numpy.random.default_rng(0).random())"
     ),
 ]
-
-
-def test_a_copy_is_in_the_same_state_and_shows_the_same(save, zygote):
-    """What a kernel knows of itself after the imports, and what its cells show."""
-    name = save(*STATE, name="state.ipynb")
-    copied(name, out="forked")
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from bigmodel_nb.headless.run import run; run('state.ipynb', out='fresh')",
-        ],
-        check=True,
-        env={**os.environ},
-    )  # not what C libraries have set beside it
-    assert json.loads(Path("fresh/metrics.json").read_text())["kernel"] == "fresh"
-    (before, after), (fresh_before, fresh_after) = (
-        json.loads(Path(kind, "state.json").read_text()) for kind in ("forked", "fresh")
-    )
-    own = {"JPY_PARENT_PID", "PWD", "OLDPWD", "SHLVL", "_", "PYTEST_CURRENT_TEST"}
-    for kind, state in (("forked", before), ("fresh", fresh_before)):
-        folder = state["environment"]["BIGMODEL_CHECKPOINT"]
-        assert folder == str(Path(kind, "checkpoints").absolute()), "each run's own"
-    own.add("BIGMODEL_CHECKPOINT")
-    for state in (before, after, fresh_before, fresh_after):
-        state["environment"] = {
-            key: value for key, value in state["environment"].items() if key not in own
-        }
-    heard = {
-        key for key in before["environment"] if key not in fresh_before["environment"]
-    }
-    assert all(
-        fresh_after["environment"].get(key) == before["environment"].pop(key)
-        for key in heard
-    ), "what the imports set"
-    for key in before:
-        assert before[key] == fresh_before[key], key
-    assert set(fresh_after.pop("modules")) <= set(after.pop("modules")) | {
-        "tqdm.contrib"
-    }, "nothing is missing"
-    filters, fresh_filters = after.pop("filters"), fresh_after.pop("filters")
-    assert (
-        sorted(filters) == sorted(fresh_filters) and filters[:8] == fresh_filters[:8]
-    ), "those of libraries go first"
-    for key in after:
-        assert after[key] == fresh_after[key], key
-    forked, fresh = (
-        nbformat.read(Path(kind, "notebook.ipynb"), 4).cells[3:]
-        for kind in ("forked", "fresh")
-    )
-    for one, other in zip(forked, fresh):
-        assert told(one) == told(other), one.source
 
 
 def told(cell):
@@ -489,6 +388,27 @@ def test_settings_in_the_callers_folder_are_heard_by_no_run(save, monkeypatch):
     kernel.cool()
 
 
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("1", False),
+        ("import os, sys.path\nfrom json import loads", False),
+        ("import numpy", True),
+        ("if 1:\n    import os, torch.nn as nn", True),
+        ("from bigmodel_nb.kit.record import record", False),
+        ("from bigmodel_nb.kit.core import Estimate", True),
+        ("%matplotlib inline", True),
+        ("%time 1\nprint('import torch')", False),
+        ("from beside import x", False),
+        ("from beside import x, indeed\nimport heavy", True),
+    ],
+)
+def test_a_notebook_that_names_a_library_is_known(workshop, source, expected):
+    Path("beside.py").write_text("import math\n")
+    Path("heavy.py").write_text("import pandas as pd\n")
+    assert kernel.names_libraries(["x = 1", source], Path()) is expected
+
+
 def test_why_a_kernel_is_what_it_is(save, zygote, monkeypatch):
     assert (
         run(save("1"), out="a").record["kernel_reason"]
@@ -496,11 +416,14 @@ def test_why_a_kernel_is_what_it_is(save, zygote, monkeypatch):
     )
     kernel.cool()
     monkeypatch.setattr("bigmodel_nb.headless.run._runs", 0)
+    sources = ["1", "1", "import numpy"]
     reasons = [
-        run(save("1"), out=f"b{number}").record["kernel_reason"] for number in range(2)
+        run(save(source), out=f"b{number}").record["kernel_reason"]
+        for number, source in enumerate(sources)
     ]
     assert reasons == [
         "the first run of its process",
+        "it imports no library",
         "the libraries were not imported yet",
     ]
     monkeypatch.setattr(kernel, "can_fork", lambda: False)
@@ -524,6 +447,7 @@ def test_a_copy_that_cannot_be_made_is_told_with_its_reason(save, zygote, monkey
     ):
         with monkeypatch.context() as patch:
             patch.setattr(kernel, "warm", lambda *_, **__: zygote)
+            patch.setattr(kernel, "is_warm", lambda: True)
             change(patch)
             reasons.append(run(save("1"), out=f"out{number}").record["kernel_reason"])
     assert reasons == ["another Python", "another environment: FIRST, SECOND"], (
@@ -585,55 +509,6 @@ def test_sockets_have_a_place_that_holds_them(tmp_path, monkeypatch):
     assert kernel.socket_folder() is None
 
 
-def test_what_one_forked_kernel_does_to_a_library_no_other_sees(save, zygote):
-    copied(
-        save(
-            "import torch, os; torch.marked = True; getattr(os, "
-            "'env' + 'iron')['MARKED'] = '1'"
-        ),
-        out="a",
-    )
-    seen = copied(
-        save(
-            RECORD
-            + (
-                "import torch, os; record('seen', [hasattr(torch, 'marked'), "
-                "os.environ.get('MARKED') is not None])"
-            )
-        ),
-        out="b",
-    )
-    assert seen.metrics["seen"] == [False, False]
-
-
-def test_the_gpu_is_not_touched_before_the_fork(save, zygote):
-    assert copied(
-        save(
-            RECORD
-            + (
-                "import torch; record('bad', torch.cuda._is_in_bad_fork()); "
-                "record('touched', torch.cuda.is_initialized())"
-            )
-        ),
-        out="out",
-    ).metrics == {"bad": False, "touched": False}
-
-
-def test_a_library_computes_with_all_its_threads_in_a_copy(save, zygote):
-    source = (
-        RECORD
-        + """
-import numpy, torch
-torch.set_num_threads(2)
-a = torch.randn(600, 600)
-other = torch.from_numpy(a.numpy() @ a.numpy())
-record('same', bool(torch.allclose((a @ a), other, atol=1e-2)))
-net = torch.nn.Linear(600, 600); net(a).sum().backward()
-"""
-    )
-    assert copied(save(source), out="out", timeout=60).metrics == {"same": True}
-
-
 def test_what_a_notebook_leaves_to_its_end_is_done(save, zygote):
     source = """
 import atexit, threading, time
@@ -671,25 +546,6 @@ def test_each_end_of_a_forked_kernel_is_told_as_it_was(save, zygote):
             caught.value.run.error["message"],
             caught.value.run.record["kernel"],
         ) == (status, message, "forked")
-
-
-def test_24_kernels_at_once(save, zygote):
-    name = save(
-        RECORD
-        + (
-            "import os, torch; record('pid', os.getpid()); record('sum', "
-            "torch.arange(4).sum())"
-        )
-    )
-    with ThreadPoolExecutor(24) as pool:
-        runs = list(
-            pool.map(lambda number: copied(name, out=f"out{number}"), range(24))
-        )
-    assert {each.status for each in runs} == {"ok"} and len(
-        {each.metrics["pid"] for each in runs}
-    ) == 24
-    assert all(each.metrics["sum"] == 6 for each in runs)
-    assert all(gone(each.metrics["pid"]) for each in runs)
 
 
 def test_a_zygote_that_was_killed_between_two_runs_is_replaced(save, zygote):
@@ -885,3 +741,187 @@ def test_a_sweep_and_a_fresh_kernel_look_at_the_same_files(workshop):
         (workshop / path).write_text(f"{before}\nimport os\nos.environ['X'] = '1'")
         assert bool(kernel.needs_fresh([source], workshop)) == (path in seen), path
         (workshop / path).write_text(before)
+
+
+# Of a zygote that has imported all
+
+
+def test_a_run_forks_its_kernel_where_a_zygote_is_ready(save, whole_zygote):
+    done = copied(
+        save(
+            PARENT,
+            (
+                "import sys; record('torch', 'torch' in sys.modules); "
+                "record('ours', [m for m in sys.modules if m == "
+                "'bigmodel_nb.headless'])"
+            ),
+        ),
+        out="out",
+    )
+    assert done.metrics == {
+        "parent": whole_zygote.process.pid,
+        "torch": True,
+        "ours": [],
+    }
+
+
+def test_a_forked_kernel_is_like_an_ordinary_one(save, whole_zygote):
+    source = (
+        RECORD
+        + """
+import os, random, sys, threading, numpy, torch, matplotlib
+record('facts', {
+    'name': __name__,
+    'argv': sys.argv[1:2],
+    'path': getattr(sys, 'pa' + 'th')[0],
+    'folder': os.path.basename(os.getcwd()),
+    'threads': torch.get_num_threads(),
+    'backend': matplotlib.get_backend(),
+    'spin': os.environ.get('GOMP_SPINCOUNT'),
+    'leader': os.getsid(0) == os.getpid(),
+    'input': sys.stdin.read(),
+    'main': threading.current_thread() is threading.main_thread(),
+})
+draws = random.random(), float(numpy.random.rand()), torch.rand(())
+record('draws', [*draws, torch.initial_seed()])
+"""
+    )
+    forked, other = (
+        copied(save(source), out="out/a").metrics,
+        copied(save(source), out="out/a2").metrics,
+    )
+    kernel.cool()
+    command = [
+        sys.executable,
+        "-c",
+        (
+            "import sys; from bigmodel_nb.headless.run import run; "
+            "run('mine.ipynb', out='plain/a')"
+        ),
+    ]
+    subprocess.run(command, check=True)
+    plain = json.loads(Path("plain/a/metrics.json").read_text())["metrics"]
+    assert forked["facts"] == plain["facts"]
+    assert all(one != two for one, two in zip(forked["draws"], other["draws"])), (
+        "each copy draws its own numbers"
+    )
+
+
+def test_a_copy_is_in_the_same_state_and_shows_the_same(save, whole_zygote):
+    """What a kernel knows of itself after the imports, and what its cells show."""
+    name = save(*STATE, name="state.ipynb")
+    copied(name, out="forked")
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from bigmodel_nb.headless.run import run; run('state.ipynb', out='fresh')",
+        ],
+        check=True,
+        env={**os.environ},
+    )  # not what C libraries have set beside it
+    assert json.loads(Path("fresh/metrics.json").read_text())["kernel"] == "fresh"
+    (before, after), (fresh_before, fresh_after) = (
+        json.loads(Path(kind, "state.json").read_text()) for kind in ("forked", "fresh")
+    )
+    own = {"JPY_PARENT_PID", "PWD", "OLDPWD", "SHLVL", "_", "PYTEST_CURRENT_TEST"}
+    for kind, state in (("forked", before), ("fresh", fresh_before)):
+        folder = state["environment"]["BIGMODEL_CHECKPOINT"]
+        assert folder == str(Path(kind, "checkpoints").absolute()), "each run's own"
+    own.add("BIGMODEL_CHECKPOINT")
+    for state in (before, after, fresh_before, fresh_after):
+        state["environment"] = {
+            key: value for key, value in state["environment"].items() if key not in own
+        }
+    heard = {
+        key for key in before["environment"] if key not in fresh_before["environment"]
+    }
+    assert all(
+        fresh_after["environment"].get(key) == before["environment"].pop(key)
+        for key in heard
+    ), "what the imports set"
+    for key in before:
+        assert before[key] == fresh_before[key], key
+    assert set(fresh_after.pop("modules")) <= set(after.pop("modules")) | {
+        "tqdm.contrib"
+    }, "nothing is missing"
+    filters, fresh_filters = after.pop("filters"), fresh_after.pop("filters")
+    assert (
+        sorted(filters) == sorted(fresh_filters) and filters[:8] == fresh_filters[:8]
+    ), "those of libraries go first"
+    for key in after:
+        assert after[key] == fresh_after[key], key
+    forked, fresh = (
+        nbformat.read(Path(kind, "notebook.ipynb"), 4).cells[3:]
+        for kind in ("forked", "fresh")
+    )
+    for one, other in zip(forked, fresh):
+        assert told(one) == told(other), one.source
+
+
+def test_what_one_forked_kernel_does_to_a_library_no_other_sees(save, whole_zygote):
+    copied(
+        save(
+            "import torch, os; torch.marked = True; getattr(os, "
+            "'env' + 'iron')['MARKED'] = '1'"
+        ),
+        out="a",
+    )
+    seen = copied(
+        save(
+            RECORD
+            + (
+                "import torch, os; record('seen', [hasattr(torch, 'marked'), "
+                "os.environ.get('MARKED') is not None])"
+            )
+        ),
+        out="b",
+    )
+    assert seen.metrics["seen"] == [False, False]
+
+
+def test_the_gpu_is_not_touched_before_the_fork(save, whole_zygote):
+    assert copied(
+        save(
+            RECORD
+            + (
+                "import torch; record('bad', torch.cuda._is_in_bad_fork()); "
+                "record('touched', torch.cuda.is_initialized())"
+            )
+        ),
+        out="out",
+    ).metrics == {"bad": False, "touched": False}
+
+
+def test_a_library_computes_with_all_its_threads_in_a_copy(save, whole_zygote):
+    source = (
+        RECORD
+        + """
+import numpy, torch
+torch.set_num_threads(2)
+a = torch.randn(600, 600)
+other = torch.from_numpy(a.numpy() @ a.numpy())
+record('same', bool(torch.allclose((a @ a), other, atol=1e-2)))
+net = torch.nn.Linear(600, 600); net(a).sum().backward()
+"""
+    )
+    assert copied(save(source), out="out", timeout=60).metrics == {"same": True}
+
+
+def test_24_kernels_at_once(save, whole_zygote):
+    name = save(
+        RECORD
+        + (
+            "import os, torch; record('pid', os.getpid()); record('sum', "
+            "torch.arange(4).sum())"
+        )
+    )
+    with ThreadPoolExecutor(24) as pool:
+        runs = list(
+            pool.map(lambda number: copied(name, out=f"out{number}"), range(24))
+        )
+    assert {each.status for each in runs} == {"ok"} and len(
+        {each.metrics["pid"] for each in runs}
+    ) == 24
+    assert all(each.metrics["sum"] == 6 for each in runs)
+    assert all(gone(each.metrics["pid"]) for each in runs)

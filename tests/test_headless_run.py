@@ -1273,3 +1273,31 @@ def test_a_channel_that_looks_again_ends_in_time():
     assert 0.3 <= time.monotonic() - start < 1 and max(asked) <= 0.3
     with pytest.raises(Empty):
         asyncio.run(channel.get_msg(timeout=0))
+
+
+IRI = """
+import sys
+import bigmodel_nb.headless.run
+import jsonschema
+import nbformat
+from importlib.util import find_spec
+
+def compiled():
+    return "rfc3987_syntax.syntax_helpers" in sys.modules
+
+assert find_spec("rfc3987_syntax") and not compiled()
+checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+schema = jsonschema.Draft202012Validator({"format": "iri"}, format_checker=checker)
+print(schema.is_valid("http://exämple.org/a"), schema.is_valid("none"), compiled())
+import rfc3987_syntax
+print(rfc3987_syntax.is_valid_syntax_h16("1f"))
+"""
+
+
+def test_grammars_of_addresses_are_compiled_where_one_is_checked():
+    """jsonschema would have it done in every run, and it takes seconds."""
+    pytest.importorskip("rfc3987_syntax")
+    done = subprocess.run(
+        [sys.executable, "-c", IRI], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True False True\nTrue\n"

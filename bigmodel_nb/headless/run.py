@@ -8,6 +8,7 @@ from __future__ import annotations  # noqa: F404
 import errno
 import hashlib
 import html
+import importlib.util
 import inspect
 import json
 import math
@@ -17,6 +18,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -28,6 +30,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import Empty
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -463,6 +466,31 @@ def _complete_cell(cell: Any, taken: set[str]) -> NotebookNode:
     taken.add(cell.id)
     return cell
 
+# %% ../../nbs/10_headless/04_run.ipynb #1ba7c0de
+class _IriGrammars(ModuleType):
+    "In the place of `rfc3987_syntax`, which is imported once something asks for it."
+
+    @staticmethod
+    def is_valid_syntax(term: str, value: str) -> bool:
+        return _IriGrammars._real().is_valid_syntax(term, value)
+
+    @staticmethod
+    def _real() -> ModuleType:
+        if isinstance(sys.modules.get("rfc3987_syntax"), _IriGrammars):
+            del sys.modules["rfc3987_syntax"]
+        return importlib.import_module("rfc3987_syntax")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # the machinery of imports asks for some
+            raise AttributeError(name)
+        return getattr(self._real(), name)
+
+
+_spec = importlib.util.find_spec("rfc3987_syntax")
+if _spec and not {"jsonschema", "rfc3987_syntax"} & set(sys.modules):
+    sys.modules["rfc3987_syntax"] = _IriGrammars(_spec.name)
+    sys.modules["rfc3987_syntax"].__spec__ = _spec
+
 # %% ../../nbs/10_headless/04_run.ipynb #3e77f55c
 def _load(path: Path) -> NotebookNode:
     """The notebook at `path`, completed to format 4.5, without outputs.
@@ -884,8 +912,11 @@ def _allows_errors(notebook: NotebookNode) -> bool:
 _runs = 0  # begun in this process
 
 
-def _zygote(reason: str) -> tuple[Zygote | None, str]:
-    "The zygote for the next kernel; None and the reason where it is to be fresh."
+def _zygote(reason: str, libraries: bool) -> tuple[Zygote | None, str]:
+    """The zygote for the next kernel; None and the reason where it is to be fresh.
+
+    Where the notebook imports no `libraries`, none is started.
+    """
     from bigmodel_nb.headless.kernel import can_fork, is_warm, warm
 
     global _runs
@@ -896,6 +927,8 @@ def _zygote(reason: str) -> tuple[Zygote | None, str]:
         return None, "this system cannot fork kernels"
     if _runs == 1 and not is_warm():
         return None, "the first run of its process"
+    if not libraries and not is_warm():
+        return None, "it imports no library"
     zygote = warm(wait=0)
     return zygote, "" if zygote else "the libraries were not imported yet"
 
@@ -1535,13 +1568,15 @@ def _attempt(
     timeout: float | None,
 ) -> BaseException | None:
     "Execute the notebook of `manager`, and return what that raised."
-    from bigmodel_nb.headless.kernel import needs_fresh
+    from bigmodel_nb.headless.kernel import names_libraries, needs_fresh
 
-    cells = [cell for cell in manager.nb.cells if cell.cell_type == "code"]
+    sources = [cell.source for cell in manager.nb.cells if cell.cell_type == "code"]
     try:
         with stoppable(watch):
-            reason = needs_fresh([cell.source for cell in cells], path.parent)
-            zygote, watch.reason = _zygote(reason)
+            reason = needs_fresh(sources, path.parent)
+            zygote, watch.reason = _zygote(
+                reason, names_libraries(sources, path.parent)
+            )
             client = _client(watch, path.parent, kernel, zygote)
             client = _recorder(client, watch, last, names)
             _execute(manager, client, watch, kernel.name, folder, timeout)

@@ -125,6 +125,7 @@ class Notebook:
             }""",
             arg=PANEL,
             timeout=limit * SECOND,
+            polling=250,  # not sixty times a second, beside a kernel that computes
         )
 
     def cell(self, index):
