@@ -9,7 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
+# On a machine that is busy, any example may take long for once.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 OFFLINE = Path(__file__).parent / "offline"
 # In a shell's background Ctrl-C is ignored, also by all that is started there.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

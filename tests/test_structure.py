@@ -757,3 +757,14 @@ def test_locked_versions_install_on_the_oldest_python():
     assert not refused
     if not checked:
         pytest.skip("none of the locked versions is installed here")
+
+
+def test_two_lessons_of_a_folder_save_into_two_folders():
+    """Both are run in one folder in JupyterLab, and no one replaces the other's."""
+    places = {}
+    for name, path in catalogue().items():
+        saved = declaration(name).parameters.get("save_to")
+        if saved:
+            places.setdefault((path.parent, saved.default), []).append(name)
+    assert len(places) > 2
+    assert not [names for names in places.values() if len(names) > 1]

@@ -408,7 +408,7 @@ def needs_fresh(
                 return f"{place} {does}"
     return ""
 
-
+# %% ../../nbs/10_headless/03_kernel.ipynb #1ba7c0e0
 def names_libraries(
     sources: Sequence[str],  # of the notebook's code cells
     folder: Path,  # the notebook's, whose modules it may import
@@ -427,10 +427,7 @@ def names_libraries(
 
 # %% ../../nbs/10_headless/03_kernel.ipynb #0c2a3ff1
 class Zygote:
-    """A process that has the libraries imported and forks kernels.
-
-    It ends with the process that made it.
-    """
+    "A process that has `PRELOAD` imported, forks kernels, and ends with its owner."
 
     def __init__(self, environment: Mapping[str, str]):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -466,32 +466,47 @@ def _complete_cell(cell: Any, taken: set[str]) -> NotebookNode:
     taken.add(cell.id)
     return cell
 
-# %% ../../nbs/10_headless/04_run.ipynb #1ba7c0de
-class _IriGrammars(ModuleType):
-    "In the place of `rfc3987_syntax`, which is imported once something asks for it."
 
-    @staticmethod
-    def is_valid_syntax(term: str, value: str) -> bool:
-        return _IriGrammars._real().is_valid_syntax(term, value)
+def _remove_invalid(notebook: NotebookNode) -> None:
+    "Remove from `notebook` what breaks the rules of the format in its metadata."
+    from nbformat.validator import iter_validate
 
-    @staticmethod
-    def _real() -> ModuleType:
-        if isinstance(sys.modules.get("rfc3987_syntax"), _IriGrammars):
-            del sys.modules["rfc3987_syntax"]
-        return importlib.import_module("rfc3987_syntax")
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the machinery of imports asks for some
-            raise AttributeError(name)
-        return getattr(self._real(), name)
-
-
-_spec = importlib.util.find_spec("rfc3987_syntax")
-if _spec and not {"jsonschema", "rfc3987_syntax"} & set(sys.modules):
-    sys.modules["rfc3987_syntax"] = _IriGrammars(_spec.name)
-    sys.modules["rfc3987_syntax"].__spec__ = _spec
+    for _ in range(3):  # a fault may hide another
+        for error in iter_validate(notebook):
+            place, holder = list(error.absolute_path or error.path), notebook
+            with suppress(KeyError, IndexError, TypeError):
+                for step in place[:-1]:
+                    holder = holder[step]
+                if "metadata" in place[:-1] or "attachments" in place:
+                    del holder[place[-1]]
 
 # %% ../../nbs/10_headless/04_run.ipynb #3e77f55c
+def _import_when_asked(name: str) -> None:
+    "Have a module imported once a name in it is asked for, not by `import`."
+    spec = importlib.util.find_spec(name)
+    if spec is None or {"jsonschema", name} & set(sys.modules):
+        return
+    sys.modules[name] = later = ModuleType(name)
+
+    def module() -> ModuleType:
+        if sys.modules.get(name) is later:
+            del sys.modules[name]
+        return importlib.import_module(name)
+
+    def attribute(each: str) -> Any:
+        if each.startswith("__"):  # `import` itself asks for `__path__`
+            raise AttributeError(each)
+        return getattr(module(), each)
+
+    later.is_valid_syntax = lambda *given: module().is_valid_syntax(*given)
+    later.__getattr__, later.__spec__ = attribute, spec
+
+
+# It compiles 39 grammars of addresses, which takes longer than all that a run imports.
+# jsonschema, and so nbformat, imports it in any case; no notebook's check needs one.
+_import_when_asked("rfc3987_syntax")
+
+
 def _load(path: Path) -> NotebookNode:
     """The notebook at `path`, completed to format 4.5, without outputs.
 
@@ -514,20 +529,6 @@ def _load(path: Path) -> NotebookNode:
     cells = [_complete_cell(cell, taken) for cell in found.get("cells") or []]
     made = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
     return nbformat.from_dict(made)
-
-
-def _remove_invalid(notebook: NotebookNode) -> None:
-    "Remove from `notebook` what breaks the rules of the format in its metadata."
-    from nbformat.validator import iter_validate
-
-    for _ in range(3):  # a fault may hide another
-        for error in iter_validate(notebook):
-            place, holder = list(error.absolute_path or error.path), notebook
-            with suppress(KeyError, IndexError, TypeError):
-                for step in place[:-1]:
-                    holder = holder[step]
-                if "metadata" in place[:-1] or "attachments" in place:
-                    del holder[place[-1]]
 
 # %% ../../nbs/10_headless/04_run.ipynb #45ee1d50
 def _inject(
