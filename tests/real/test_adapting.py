@@ -19,7 +19,7 @@ def test_banking_with_a_given_test_file(real_data, tmp_path):
         test=real_data / "banking77" / "test.csv",
         label="category",
         epochs=1,
-        max_rows=500,
+        max_rows=300,
         learning_rate=1e-4,
     )
     assert (
