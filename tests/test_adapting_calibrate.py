@@ -37,6 +37,7 @@ from bigmodel_nb.adapting.calibrate import (
     plot_reliability,
     read_predictions,
     reliability,
+    suspicious_by_chance,
     suspicious_labels,
     temperature_scale,
 )
@@ -463,6 +464,24 @@ def test_suspicious_rows_are_those_of_cleanlab():
             target, p, return_indices_of_off_diagonals=True, calibrate=False
         )[1]
         assert sorted(suspicious_labels(p, target)["row"]) == sorted(theirs)
+
+
+def test_labels_that_are_right_are_suspicious_as_often_as_is_said():
+    generator = np.random.default_rng(0)
+    p = generator.dirichlet(np.full(4, 0.4), 500)
+    usual = suspicious_by_chance(p, draws=400)
+    assert 0 < usual.low < usual.value < usual.high < usual.n == 500
+    others = generator.random((1000, 500, 1))
+    labels = (p.cumsum(1)[:, :-1] < others).sum(2)
+    found = np.array([len(suspicious_labels(p, each)) for each in labels])
+    inside = ((usual.low <= found) & (found <= usual.high)).mean()
+    assert 0.92 < inside < 0.98 and abs(found.mean() - usual.value) < 1
+    wrong = (labels[0] + 1) % 4
+    assert len(suspicious_labels(p, wrong)) > usual.high, "wrong labels are more"
+    assert suspicious_by_chance(p, draws=400) == usual, "the seed decides"
+    assert suspicious_by_chance(np.eye(3)).value == 0, "who is sure has none"
+    with pytest.raises(ValueError, match="draws is 0; allowed"):
+        suspicious_by_chance(p, draws=0)
 
 
 def test_suspicious_rows_are_sorted_and_named():

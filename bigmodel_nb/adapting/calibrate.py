@@ -6,7 +6,7 @@
 __all__ = ['answers', 'overconfidence', 'Predictions', 'read_predictions', 'reliability', 'plot_reliability',
            'calibrated_reference', 'expected_calibration_error', 'log_loss', 'brier_score', 'temperature_scale',
            'coverage_curve', 'Abstention', 'abstain_threshold', 'confusion_matrix', 'confused_pairs', 'macro_f1',
-           'bootstrap', 'classwise_calibration', 'suspicious_labels']
+           'bootstrap', 'classwise_calibration', 'suspicious_labels', 'suspicious_by_chance']
 
 # %% ../../nbs/05_adapting/05_calibrate.ipynb #71901125
 import difflib
@@ -708,3 +708,22 @@ def suspicious_labels(
     )[(other >= 0) & (suggested != target)]
     order = (found["given"] - found["other"]).argsort(kind="stable")
     return found.iloc[order].reset_index(drop=True)
+
+
+def suspicious_by_chance(
+    probabilities: ArrayLike | Tensor,  # (row, class), of rows not trained on
+    draws: int = 100,  # how often a label is drawn for each row
+    seed: int = 0,  # of the draws
+) -> Estimate:  # the mean number of rows, and where 95 % of the draws lie
+    """How many labels `suspicious_labels` names where none is wrong.
+
+    Each row's label is drawn from its probabilities, which are taken as true.
+    """
+    check_count("draws", draws)
+    p, _ = _probabilities(probabilities, np.zeros(len(probabilities), int))
+    generator, edges, found = np.random.default_rng(seed), p.cumsum(1)[:, :-1], []
+    for _ in range(draws):
+        labels = (edges < generator.random((len(p), 1))).sum(1)
+        found.append(len(suspicious_labels(p, labels)))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Estimate(float(np.mean(found)), float(low), float(high), len(p))
