@@ -482,6 +482,9 @@ def test_labels_that_are_right_are_suspicious_as_often_as_is_said():
     assert suspicious_by_chance(np.eye(3)).value == 0, "who is sure has none"
     with pytest.raises(ValueError, match="draws is 0; allowed"):
         suspicious_by_chance(p, draws=0)
+    for bad in (p[:, 0], p[:0], p + 0.1, 0.3):
+        with pytest.raises(ValueError, match="^probabilities .*; allowed "):
+            suspicious_by_chance(bad)
 
 
 def test_suspicious_rows_are_sorted_and_named():

@@ -709,7 +709,7 @@ def suspicious_labels(
     order = (found["given"] - found["other"]).argsort(kind="stable")
     return found.iloc[order].reset_index(drop=True)
 
-
+# %% ../../nbs/05_adapting/05_calibrate.ipynb #1ba7c0e2
 def suspicious_by_chance(
     probabilities: ArrayLike | Tensor,  # (row, class), of rows not trained on
     draws: int = 100,  # how often a label is drawn for each row
@@ -717,10 +717,16 @@ def suspicious_by_chance(
 ) -> Estimate:  # the mean number of rows, and where 95 % of the draws lie
     """How many labels `suspicious_labels` names where none is wrong.
 
-    Each row's label is drawn from its probabilities, which are taken as true.
+    Each row's label is drawn from its probabilities, which are taken as true: scale
+    them first. Raises `ValueError` for what is no table of probabilities.
     """
     check_count("draws", draws)
-    p, _ = _probabilities(probabilities, np.zeros(len(probabilities), int))
+    p = _numbers("probabilities", probabilities)
+    if p.ndim != 2:
+        raise ValueError(
+            f"probabilities has the shape {p.shape}; allowed is (row, class)"
+        )
+    p, _ = _probabilities(p, np.zeros(len(p), int))
     generator, edges, found = np.random.default_rng(seed), p.cumsum(1)[:, :-1], []
     for _ in range(draws):
         labels = (edges < generator.random((len(p), 1))).sum(1)

@@ -365,7 +365,7 @@ def newton_schulz(
     x = (input.T if tall else input).to(dtype)
     x = x / x.norm().clamp(min=eps)
     slow = dtype == torch.bfloat16 != best_dtype(x.device)
-    wide = torch.float32 if slow else dtype  # rounded, all but a last bit is the same
+    wide = torch.float32 if slow else dtype  # rounded, its products seldom differ
     for _ in range(steps):
         x = x.to(wide)
         gram = (x @ x.T).to(dtype).to(wide)

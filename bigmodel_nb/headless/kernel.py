@@ -192,12 +192,12 @@ def _report_end(watched: int, pid: int, channel: socket.socket) -> None:
 # %% ../../nbs/10_headless/03_kernel.ipynb #813f8eec
 _SERVE = """import sys; sys.path.remove('')
 from bigmodel_nb.headless.kernel import serve
-serve({}, {})"""  # the zygote's program, with the number of its socket
+serve({}, {})"""  # the zygote's program, with its socket's number and its libraries
 
 
 def serve(
     number: int,  # of the open socket on which requests come
-    libraries: Iterable[str] = PRELOAD,  # what it imports
+    libraries: Iterable[str],  # what it imports
 ) -> None:
     """Be a zygote: import the libraries, then fork a kernel for each request.
 
@@ -507,12 +507,10 @@ def is_warm(
     environment: Mapping[str, str] | None = None,  # of kernels; default: this process's
 ) -> bool:
     "Whether this process has a zygote for such kernels, ready or not."
-    wanted = _stable_part(kernel_environment(environment))
-    known = _zygote is not None and _zygote.alive()
-    return known and (_zygote.environment, _zygote.libraries) == (
-        wanted,
-        tuple(PRELOAD),
-    )
+    zygote, wanted = _zygote, _stable_part(kernel_environment(environment))
+    if zygote is None or not zygote.alive():
+        return False
+    return zygote.environment == wanted and zygote.libraries == tuple(PRELOAD)
 
 
 def cool() -> None:

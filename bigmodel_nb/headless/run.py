@@ -481,10 +481,17 @@ def _remove_invalid(notebook: NotebookNode) -> None:
                     del holder[place[-1]]
 
 # %% ../../nbs/10_headless/04_run.ipynb #3e77f55c
-def _import_when_asked(name: str) -> None:
-    "Have a module imported once a name in it is asked for, not by `import`."
+def _put_off_grammars() -> None:
+    """Have `rfc3987_syntax` imported once it is used, and not before.
+
+    It compiles 39 grammars of addresses, which takes longer than all else that a run
+    imports. jsonschema, and so nbformat, imports it; no notebook's check needs it.
+    """
+    name = "rfc3987_syntax"
+    if {"jsonschema", name} & set(sys.modules):  # too late, or somebody else's
+        return
     spec = importlib.util.find_spec(name)
-    if spec is None or {"jsonschema", name} & set(sys.modules):
+    if spec is None:
         return
     sys.modules[name] = later = ModuleType(name)
 
@@ -502,9 +509,7 @@ def _import_when_asked(name: str) -> None:
     later.__getattr__, later.__spec__ = attribute, spec
 
 
-# It compiles 39 grammars of addresses, which takes longer than all that a run imports.
-# jsonschema, and so nbformat, imports it in any case; no notebook's check needs one.
-_import_when_asked("rfc3987_syntax")
+_put_off_grammars()
 
 
 def _load(path: Path) -> NotebookNode:
@@ -1575,9 +1580,10 @@ def _attempt(
     try:
         with stoppable(watch):
             reason = needs_fresh(sources, path.parent)
-            zygote, watch.reason = _zygote(
-                reason, names_libraries(sources, path.parent)
-            )
+            if kernel.language != "python":
+                reason = f"its language is {kernel.language}"
+            libraries = names_libraries(sources, path.parent)
+            zygote, watch.reason = _zygote(reason, libraries)
             client = _client(watch, path.parent, kernel, zygote)
             client = _recorder(client, watch, last, names)
             _execute(manager, client, watch, kernel.name, folder, timeout)
