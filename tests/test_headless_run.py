@@ -1109,6 +1109,7 @@ def test_a_kernel_of_the_same_language_stands_in(save, monkeypatch):
     specification(monkeypatch, "ir", language="R")
     done = outcome(save("1 + 1", kernelspec={"name": "ir-4.0", "language": "R"}))
     assert done.status == "ok" and done.record["kernel_name"] == "ir"
+    assert done.record["kernel_reason"] == "its language is r"
     assert done.record["notes"] == [
         (
             "the notebook names the kernel 'ir-4.0', which is not installed here: "
