@@ -93,7 +93,7 @@ def few_libraries(request):
     """
     from bigmodel_nb.headless import kernel
 
-    few = ("ipykernel.kernelapp", "ipykernel.zmqshell", "numpy")
+    few = (*kernel.KERNEL, "numpy")
     with pytest.MonkeyPatch.context() as patch:
         if request.path.name.startswith("test_headless"):
             patch.setattr(kernel, "PRELOAD", few)

@@ -399,7 +399,10 @@ def test_settings_in_the_callers_folder_are_heard_by_no_run(save, monkeypatch):
         ("from bigmodel_nb.kit.core import Estimate", True),
         ("%matplotlib inline", True),
         ("%time 1\nprint('import torch')", False),
+        ("import os, sys; print('torch', 'numpy')  # import torch", False),
+        ("import json  # not torch, numpy", False),
         ("from beside import x", False),
+        ("from . import beside\nfrom .beside import x", False),
         ("from beside import x, indeed\nimport heavy", True),
     ],
 )
@@ -407,6 +410,25 @@ def test_a_notebook_that_names_a_library_is_known(workshop, source, expected):
     Path("beside.py").write_text("import math\n")
     Path("heavy.py").write_text("import pandas as pd\n")
     assert kernel.names_libraries(["x = 1", source], Path()) is expected
+
+
+def test_a_zygote_imports_what_the_notebook_needs(save, monkeypatch):
+    """A full one serves all notebooks, a small one those that import no library."""
+    kernel.cool()
+    monkeypatch.setattr("bigmodel_nb.headless.run._runs", 1)
+    plain = RECORD + "import os, sys; record('seen', 'numpy' in sys.modules)"
+    run(save(plain), out="a")
+    small = kernel.warm(environment(), 600, libraries=False)
+    assert small.libraries == kernel.KERNEL
+    assert copied(save(plain), out="b").metrics == {"seen": False}
+    assert not kernel.is_warm() and kernel.is_warm(libraries=False)
+    run(save(PARENT), out="c")
+    large = warmed()
+    assert large is not small and gone(small.process.pid)
+    assert large.libraries == kernel.PRELOAD and kernel.is_warm(libraries=False)
+    assert copied(save(plain), out="d").metrics == {"seen": True}
+    assert warmed() is large
+    kernel.cool()
 
 
 def test_why_a_kernel_is_what_it_is(save, zygote, monkeypatch):
@@ -423,7 +445,7 @@ def test_why_a_kernel_is_what_it_is(save, zygote, monkeypatch):
     ]
     assert reasons == [
         "the first run of its process",
-        "it imports no library",
+        "the libraries were not imported yet",
         "the libraries were not imported yet",
     ]
     monkeypatch.setattr(kernel, "can_fork", lambda: False)
@@ -447,7 +469,7 @@ def test_a_copy_that_cannot_be_made_is_told_with_its_reason(save, zygote, monkey
     ):
         with monkeypatch.context() as patch:
             patch.setattr(kernel, "warm", lambda *_, **__: zygote)
-            patch.setattr(kernel, "is_warm", lambda: True)
+            patch.setattr(kernel, "is_warm", lambda **_: True)
             change(patch)
             reasons.append(run(save("1"), out=f"out{number}").record["kernel_reason"])
     assert reasons == ["another Python", "another environment: FIRST, SECOND"], (

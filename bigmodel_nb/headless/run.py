@@ -919,10 +919,7 @@ _runs = 0  # begun in this process
 
 
 def _zygote(reason: str, libraries: bool) -> tuple[Zygote | None, str]:
-    """The zygote for the next kernel; None and the reason where it is to be fresh.
-
-    Where the notebook imports no `libraries`, none is started.
-    """
+    "The zygote for the next kernel; None and the reason where it is to be fresh."
     from bigmodel_nb.headless.kernel import can_fork, is_warm, warm
 
     global _runs
@@ -931,11 +928,9 @@ def _zygote(reason: str, libraries: bool) -> tuple[Zygote | None, str]:
         return None, reason
     if not can_fork():
         return None, "this system cannot fork kernels"
-    if _runs == 1 and not is_warm():
+    if _runs == 1 and not is_warm(libraries=libraries):
         return None, "the first run of its process"
-    if not libraries and not is_warm():
-        return None, "it imports no library"
-    zygote = warm(wait=0)
+    zygote = warm(wait=0, libraries=libraries)
     return zygote, "" if zygote else "the libraries were not imported yet"
 
 # %% ../../nbs/10_headless/04_run.ipynb #94113c15
