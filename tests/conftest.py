@@ -73,6 +73,15 @@ def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
+def pytest_runtest_logreport(report) -> None:
+    """A failure is told at once: it is known even if the run is ended early."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        told = str(crash.message if crash else report.longrepr).strip().splitlines()
+        where = f"{report.nodeid} ({report.when})"
+        print(f"\nFAILED {where}: {(told or [''])[0]}", file=sys.__stderr__, flush=True)
+
+
 @pytest.fixture
 def real_data() -> Path:
     """The folder of real data sets that BIGMODEL_DATA names."""

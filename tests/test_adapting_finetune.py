@@ -1082,6 +1082,12 @@ def expect_finetune(m):
     assert m["gain_over_tfidf"]["low"] > 0, "the model beats counting words"
     assert m["score_model"]["value"] > 0.8, "and is right about ordinary reviews"
     assert m["verdict"].startswith("Worth it"), "the verdict says what intervals say"
+    assert "macro-F1" not in m["verdict"], "of even classes accuracy says enough"
+    simple = "frozen_encoder"
+    over = m["macro_f1_model"]["value"] - m[f"macro_f1_{simple}"]["value"]
+    assert m["gain_of_macro_f1"]["value"] == pytest.approx(over), (
+        "gains are differences"
+    )
     assert (
         m["calibration_error"]["after"]["value"]
         < (m["calibration_error"]["before"]["value"])

@@ -59,6 +59,13 @@ def test_phrasebank_in_its_own_encoding(real_data, tmp_path):
         done.metrics["rows"]["classes"] == 3
         and done.metrics["score_frozen_encoder"]["low"] > 0.5
     )
+    # Most sentences are neutral, so accuracy says little and macro-F1 more.
+    macro_f1 = done.metrics["gain_of_macro_f1"]
+    assert (
+        macro_f1["low"] > 0
+        and f"{100 * macro_f1['value']:+.1f} points"
+        in (done.metrics["verdict"].partition("by macro-F1")[2])
+    )
     with pytest.raises(RunFailed, match="was read as utf-8 and is not"):
         run(
             "adapting/finetune", options | {"encoding": "utf-8"}, out=tmp_path / "other"
