@@ -18,6 +18,7 @@ $(VENV)/.installed: setup.py settings.ini $(wildcard requirements/lock.txt)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or later is needed; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) torch torchvision -e ".[dev]"
+	$(BIN)/python -m compileall -q bigmodel_nb
 	@touch $@
 
 install: $(VENV)/.installed  ## the environment in .venv, with the package and the tools of development

@@ -897,7 +897,7 @@ def sentence_vectors(d):
     *"answers overconfidence reliability calibrated_reference log_loss".split(),
     *"expected_calibration_error brier_score temperature_scale".split(),
     *"coverage_curve abstain_threshold classwise_calibration".split(),
-    "suspicious_labels",
+    *"suspicious_labels suspicious_by_chance".split(),
 )
 def worth_of_answers(d):
     z = torch.randn(90, 3, generator=torch.Generator().manual_seed(1))
@@ -908,7 +908,7 @@ def worth_of_answers(d):
     out = [function(p, y) for function in given]
     out.append(calibrate.classwise_calibration(p, y).drop(columns="difference"))
     out.append(calibrate.abstain_threshold(p, y, 0.5))
-    out.append(calibrate.calibrated_reference(p))
+    out += [calibrate.calibrated_reference(p), calibrate.suspicious_by_chance(p)]
     return [*out, calibrate.temperature_scale(put(z, d), y)]
 
 

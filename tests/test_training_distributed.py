@@ -130,6 +130,25 @@ print("no newline at the end", end="")
         ]
 
 
+def test_no_rank_goes_on_before_all_have_joined(own_folders):
+    code = """
+import os, time
+import torch.distributed as dist
+from bigmodel_nb.training.distributed import result
+from bigmodel_nb.training.loop import join_ranks
+
+start = dist.init_process_group
+def late(*given, **named):
+    start(*given, **named)
+    time.sleep(3 * int(os.environ["RANK"]))
+dist.init_process_group = late
+join_ranks()
+result(joined=time.time())
+"""
+    first, second = (each["joined"] for each in torchrun(code).results)
+    assert abs(second - first) < 2, "a rank that ends early would break off the others"
+
+
 def test_the_rank_that_failed_is_named_with_its_line(own_folders, capsys):
     code = (
         START + "if rank == 1:\n    raise KeyError('no such thing')\ndist.barrier()\n"

@@ -1009,6 +1009,7 @@ def join_ranks(
         backend = "gloo" if device.type == "cpu" else None  # one for each device
         wait = timedelta(seconds=timeout)
         distributed.init_process_group(backend, timeout=wait)
+        distributed.barrier()  # a rank that ends at once would break off the others
         atexit.register(_leave_ranks)
     return device
 

@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import nbformat
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Playwright
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -45,9 +48,27 @@ SETTINGS = {
 }
 
 
+@dataclass
+class Started:
+    """A browser, and the event loop in which Playwright runs it."""
+
+    playwright: "Playwright"
+    path: str  # of the program
+    loop: asyncio.AbstractEventLoop
+    browser: "Browser | None" = None
+
+    def living(self) -> "Browser":
+        """The browser; where it broke off, a new one, so that one test fails alone."""
+        if self.browser is None or not self.browser.is_connected():
+            self.browser = self.playwright.chromium.launch(
+                executable_path=self.path, args=OPTIONS
+            )
+        return self.browser
+
+
 @pytest.fixture(scope="session")
 def started():
-    """The browser, and the event loop in which Playwright runs it."""
+    """What starts the browser."""
     sync_api = pytest.importorskip(
         "playwright.sync_api",
         reason="Playwright is not installed: pip install playwright",
@@ -57,18 +78,19 @@ def started():
         pytest.skip(f"no browser was found on PATH: looked for {', '.join(BROWSERS)}")
     ARTEFACTS.mkdir(exist_ok=True)
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=OPTIONS)
-        loop = asyncio.get_running_loop()
+        made = Started(playwright, found, asyncio.get_running_loop())
+        made.living()
         asyncio._set_running_loop(None)
-        yield browser, loop
-        asyncio._set_running_loop(loop)
-        browser.close()
+        yield made
+        asyncio._set_running_loop(made.loop)
+        if made.browser.is_connected():
+            made.browser.close()
 
 
-@pytest.fixture(scope="session")
-def chromium(started):
+@pytest.fixture
+def chromium(started, loop_of_playwright):
     """The system's Chromium or Chrome."""
-    return started[0]
+    return started.living()
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +99,7 @@ def loop_of_playwright(started):
 
     Others in this process run loops of their own.
     """
-    asyncio._set_running_loop(started[1])
+    asyncio._set_running_loop(started.loop)
     yield
     asyncio._set_running_loop(None)
 

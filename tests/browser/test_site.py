@@ -526,3 +526,14 @@ def test_what_a_reader_would_miss_stops_the_build(tmp_path):
         "a picture without alternative text",
     ):
         assert complaint in done.stderr
+
+
+def test_a_browser_that_broke_off_is_replaced(started, site):
+    with opened(started.living(), site.address, "search.html"):
+        pass
+    broken = started.browser
+    with pytest.raises(Exception, match="closed|crashed|Protocol"):
+        broken.new_browser_cdp_session().send("Browser.crash")
+    assert started.living() is not broken
+    with opened(started.living(), site.address, "search.html") as tab:
+        assert tab.title()

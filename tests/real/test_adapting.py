@@ -12,11 +12,13 @@ from bigmodel_nb.models.pretrained import find
 
 
 def test_banking_with_a_given_test_file(real_data, tmp_path):
+    test = pd.read_csv(real_data / "banking77" / "test.csv").groupby("category").head(6)
+    test.to_csv(tmp_path / "test.csv", index=False)
     done = run(
         "adapting/finetune",
         out=tmp_path / "run",
         data=real_data / "banking77" / "train.csv",
-        test=real_data / "banking77" / "test.csv",
+        test=tmp_path / "test.csv",
         label="category",
         epochs=1,
         max_rows=300,
