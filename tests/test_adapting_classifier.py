@@ -621,6 +621,11 @@ def test_split_texts_keeps_copies_apart_from_the_test_rows():
         "Same  text" not in [*split.train["text"], *split.valid["text"]]
         and len(split.test) == 3
     )
+    nearly = test.assign(text=["near copy of a longer text, number 2", "new", "newer"])
+    split = split_texts(rows, nearly)
+    used = [*split.train["text"], *split.valid["text"]]
+    assert not any("near copy" in text for text in used), "near duplicates are apart"
+    assert "Same  text" in used and split.left_out == len(rows) - 2 - len(used)
     near = pd.DataFrame(
         {
             "text": [

@@ -1,11 +1,15 @@
 """Chapter 5: frozen features, on tiny random models made from their configurations."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rehearsal import Rehearsal
 from sklearn.datasets import load_sample_image
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import nn
@@ -138,6 +142,28 @@ def test_layers_batches_modes_and_wrappers(monkeypatch):
     monkeypatch.setattr(model, "forward", counted)
     features(model, parts, device="cpu")
     assert len(calls) == 2, "all layers of a batch come from one pass"
+
+
+def test_the_model_comes_back_to_its_device():
+    model, batch = tiny("bert"), padded(TOKENS, "right")
+    with Rehearsal():
+        features(model, [batch], device="cuda")
+        assert next(model.parameters()).device.type == "cpu"
+        with pytest.raises(ValueError):
+            features(model, [batch], layers=[9], device="cuda")
+        assert next(model.parameters()).device.type == "cpu"
+        model(**batch)
+        features(model.to("cuda"), [batch], device="cuda")
+        assert next(model.parameters()).device.type == "cuda"
+
+
+@pytest.mark.parametrize("texts", [["", "ab"], ["ab", ""]])
+def test_a_text_without_a_token_is_told_by_its_place(texts):
+    with pytest.raises(ValueError) as error:
+        tokenized_loader(texts, None, numbers_of_letters)
+    one_sentence(
+        error, f"texts has no token at place {texts.index('')}", "at least one"
+    )
 
 
 def test_a_part_that_is_frozen_in_evaluation_mode_stays_so():
@@ -373,9 +399,25 @@ def test_probe_refuses():
         ((bad, side), {}, ("not finite; allowed are finite ones",)),
         ((vectors, side, np.arange(40)), {}, ("held names 40 of 40",)),
         ((vectors, side, []), {}, ("held names 0 of 40",)),
-        ((vectors, side, [40]), {}, ("held names 1 of 40",)),
+        ((vectors, side, [40]), {}, ("held holds 40", "0 to 39")),
         ((vectors, np.arange(40) == 0, np.arange(20, 40)), {}, ("only 1 of class",)),
         ((vectors, side * 0, np.arange(20, 40)), {}, ("targets has 1 classes",)),
+        ((vectors, side * 0 + 0.7), {}, ("targets holds 0.7",)),
+        ((vectors, np.linspace(0, 1.99, 40)), {}, ("targets holds 0.05",)),
+        ((vectors, np.where(side, 1, np.nan)), {}, ("targets holds nan",)),
+        ((vectors, side - 1), {}, ("targets holds -1; allowed are whole numbers",)),
+        ((vectors, side, [0.2, 3.9]), {}, ("held holds 0.2", "0 to 39")),
+        (
+            (vectors, side, np.arange(5) > 2),
+            {},
+            ("held is booleans of the shape (5,)",),
+        ),
+        ((vectors, side), {"control": side[:5]}, ("and control (5,)",)),
+        ((vectors, side), {"control": side + 0.5}, ("control holds",)),
+        ((vectors, side), {"penalties": [0.0]}, ("penalties is [0.0]", "positive")),
+        ((vectors, side), {"penalties": []}, ("penalties is []", "at least one")),
+        ((vectors, side), {"penalties": "x"}, ("penalties is 'x'",)),
+        ((vectors, side), {"folds": 1}, ("folds is 1", "at least 2")),
     ]
     for given_, options, words_ in cases:
         with pytest.raises(ValueError) as error:
@@ -384,6 +426,22 @@ def test_probe_refuses():
     with pytest.raises(TypeError) as error:
         probe(vectors, ["a"] * 40)
     one_sentence(error, "targets holds 'a'")
+    with pytest.raises(TypeError) as error:
+        probe(vectors, side, control=["a"] * 40)
+    one_sentence(error, "control holds 'a'")
+    with pytest.raises(ValueError) as error:
+        neighbour_accuracy(vectors, side - 1, [0, 1])
+    one_sentence(error, "targets holds -1")
+
+
+def test_a_probe_without_a_control_task_is_the_same_probe():
+    vectors, side, _ = words(rows=80)
+    whole, alone = probe(vectors, side), probe(vectors, side, control=False)
+    assert alone.control is None and alone.selectivity is None
+    assert (alone.predicted == whole.predicted).all() and (
+        alone.held == whole.held
+    ).all()
+    assert (alone.validated, alone.penalty) == (whole.validated, whole.penalty)
 
 
 # images
@@ -431,6 +489,9 @@ def test_image_encoder_from_a_folder(tmp_path):
     model, prepare = image_encoder(str(tmp_path))
     images = prepare(torch.rand(3, 3, 30, 40))
     assert images.shape == (3, 3, 24, 24) and not model.training
+    with pytest.raises(ValueError) as error:
+        image_encoder(str(tmp_path), 32)
+    one_sentence(error, "image_size is 32", "made for 24")
     found = features(model, [images], device="cpu")[:, 0]
     with torch.no_grad():
         wanted = net.eval()(images).logits
@@ -458,6 +519,32 @@ def test_image_encoder_refuses(tmp_path, monkeypatch):
     one_sentence(error, "no index can be reached")
 
 
+class Runs:
+    "A pickle of it runs code where it is opened."
+
+    def __reduce__(self):
+        return Path.touch, (Path(os.environ["TORCH_HOME"]) / "ran",)
+
+
+def test_no_library_opens_a_pickle_that_runs_code(tmp_path, monkeypatch):
+    from torchvision.models import ResNet18_Weights
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    file = tmp_path / "hub" / "checkpoints" / Path(ResNet18_Weights.DEFAULT.url).name
+    torch.save({"a": Runs()}, file)
+    with pytest.raises(ValueError) as error:
+        image_encoder("resnet18")
+    one_sentence(error, "image_model is 'resnet18'")
+    assert not (tmp_path / "ran").exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    torch.save(resnet18().state_dict(), file)
+    assert image_encoder("resnet18", 64)[1](torch.rand(3, 9, 7)).shape == (3, 64, 64)
+
+
 # with the real encoder
 
 
@@ -478,6 +565,7 @@ def test_a_job_on_a_table_answers_for_that_table(tmp_path):
         for more in ("a lot", "really", "so much")
         for said, label in ((good, "good"), (bad, "bad"))
     ]
+    rows += [rows[0], "I know nothing,"]
     (tmp_path / "t.csv").write_text("said,mark\n" + "\n".join(rows), encoding="utf-8")
     done = run(
         "adapting/features",
@@ -485,9 +573,13 @@ def test_a_job_on_a_table_answers_for_that_table(tmp_path):
         data=tmp_path / "t.csv",
         text="said",
         label="mark",
+        max_length=7,
     )
+    verdict = done.metrics["verdict"]
     assert done.metrics["accuracy_frozen_features"]["value"] > 0.9
-    assert str(done.metrics["rows"]["held"]) in done.metrics["verdict"]
+    assert str(done.metrics["rows"]["held"]) in verdict
+    assert "of the texts are longer than 7 tokens" in verdict
+    assert "74 rows; 1 of 74 rows left out: 1 without a label; 1 duplicates" in verdict
     assert not {"by_layer", "accuracy_pictures", "transfer"} & done.metrics.keys()
 
 
@@ -509,9 +601,13 @@ def test_a_job_on_a_folder_answers_for_that_folder(tmp_path):
         out=tmp_path / "run",
         images=tmp_path / "mine",
         image_size=32,
+        model="no-such-model",  # pictures need none of texts
         timeout=300,
     )
     assert "on mine" in done.metrics["verdict"]
+    assert "of which the most frequent class is 50.0%" in done.metrics["verdict"]
+    assert "Of 20 files 20 pictures were used" in done.metrics["verdict"]
+    assert set(done.metrics["accuracy_pictures"]) == {"frozen features", "small net"}
     assert np.mean(done.metrics["accuracy_pictures"]["frozen features"]) > 0.9
     assert not {"by_layer", "gain_over_tfidf"} & done.metrics.keys()
 
@@ -555,6 +651,7 @@ def expect_features(m):
     assert pretrained["capitals"]["high"] > 0, (
         "what no form of the encoder lets through is no negative transfer"
     )
+    assert pretrained["length, above"]["high"] < 0, "negative transfer"
     assert m["dropout_drift"] > 0.01, "training mode changes the vectors"
     assert max(m["largest_differences"].values()) < 1e-4, "the libraries agree"
     if m["photographs"]:

@@ -124,6 +124,115 @@ def test_each_method_learns_repeats_itself_and_is_kept(base, tmp_path, method):
     assert not (folder / "base").exists() or method == "full"
 
 
+def test_a_fully_trained_model_needs_the_encoder_that_was_trained(
+    base, tmp_path, tokenizer
+):
+    X, y = colours()
+    model = made(base, "full").fit(X, y)
+    folder = model.save(tmp_path / "kept")
+    read = load_estimator(folder, device="cpu")
+    again = load_estimator(read.save(tmp_path / "again"), device="cpu")
+    assert np.array_equal(again.predict_proba(X), read.predict_proba(X))
+    with pytest.raises(ValueError) as error:
+        load_estimator(folder, base=base)
+    one_sentence(error, f"base is {base!r}", "allowed is None")
+    inside = folder / "base"
+    inside.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError) as error:
+        load_estimator(folder)
+    one_sentence(error, "lacks the trained encoder", "allowed is all that save wrote")
+    write_base(inside, tokenizer)  # the one that training began with
+    with pytest.raises(ValueError) as error:
+        load_estimator(folder)
+    one_sentence(error, "whose weights are not those", "allowed is what save wrote")
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
+def test_a_fit_that_fails_leaves_what_was_learnt(base, monkeypatch, interruption):
+    X, y = colours()
+    model = made(base, "lora").fit(X, y)
+    before, state = model.predict(X), dict(vars(model))
+
+    def broken(*_, **__):
+        raise interruption
+
+    for name in ("finetune", "apply_method"):
+        with monkeypatch.context() as patch, pytest.raises(interruption):
+            patch.setattr(lesson, name, broken)
+            model.fit(X, [f"class {each}" for each in y])
+    assert vars(model) == state and np.array_equal(model.predict(X), before)
+    fresh = made(base, "lora")
+    with monkeypatch.context() as patch, pytest.raises(interruption):
+        patch.setattr(lesson, "finetune", broken)
+        fresh.fit(X, y)
+    assert not any(name.endswith("_") for name in vars(fresh)), "and nothing half"
+
+
+def test_where_no_row_can_be_set_apart_it_is_said(base):
+    X, y = colours(8)
+    y = [row // 2 for row in range(8)]  # two rows of each class
+    for options in ({"method": "auto"}, {"method": "full", "early_stopping": True}):
+        with pytest.raises(ValueError) as error:
+            made(base, **options).fit(X, y)
+        one_sentence(error, "no class of three rows", "allowed are more rows")
+        made(base, **options).fit(X, y, (X, y))
+    with pytest.warns(UserWarning, match="validated on its training rows"):
+        model = made(base, "head").fit(X, y)
+    assert "validated on its training rows" in model.notes_[0]
+
+
+def test_rows_to_validate_by_are_checked(base):
+    X, y = colours()
+    for pair, words in (
+        ((X[:3], y[:2]), ("validation has 3 rows and 2 labels", "one label for each")),
+        ((X[:2], [0, 7]), ("validation holds 7", "allowed are the labels of y")),
+        (([1], [0]), ("validation: X", "allowed")),
+    ):
+        with pytest.raises((TypeError, ValueError)) as error:
+            made(base).fit(X, y, pair)
+        one_sentence(error, *words)
+
+
+def test_options_are_those_of_a_method_that_has_some(base):
+    X, y = colours()
+    for method, options in (
+        ("head", {"rank": 4}),
+        ("full", {"rank": 4}),
+        ("auto", [("rank", 4)]),
+    ):
+        with pytest.raises(ValueError) as error:
+            made(base, method, method_options=options).fit(X, y)
+        one_sentence(error, "method_options is", "allowed")
+    model = made(base, "auto", method_options={"rank": 2}).fit(X, y)
+    assert len(model.trials_) > 1, "of what is tried, LoRA alone takes them"
+
+
+def test_scores_are_scikit_learns(base):
+    from sklearn.metrics import accuracy_score
+
+    X, y = colours(30)
+    model = made(base).fit(X, ["late" if each else "lost" for each in y])
+    draw = np.random.default_rng(0)
+    truth, weight = draw.choice(["late", "lost"], 30), draw.random(30)
+    told = model.predict(X)
+    for sample_weight in (None, weight):
+        wanted = accuracy_score(truth, told, sample_weight=sample_weight)
+        assert model.score(X, truth, sample_weight) == pytest.approx(wanted)
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        model.score(X, ["late"])
+    with pytest.warns(UserWarning, match="'Late'.* 30 rows count as wrong"):
+        assert model.score(X, ["Late"] * 30) == 0
+    lists = [[["red"], ["red", "odd"], []][row % 3] for row in range(30)]
+    several = made(base).fit(X, lists)
+    lists[0] = [*several.predict(X[:1])[0], "new"]
+    with pytest.warns(UserWarning, match="'new'.* 1 rows count as wrong"):
+        several.score(X, lists)
+    matrix = made(base).fit(X, draw.integers(0, 2, (30, 3)))
+    with pytest.raises(ValueError) as error:
+        matrix.score(X, draw.integers(0, 2, (30, 2)))
+    one_sentence(error, "y is no matrix with a column for each label", "(30, 3)")
+
+
 @pytest.mark.parametrize("method", ["head", *SMALL])
 def test_what_is_kept_points_to_its_base(base, tmp_path, method, tokenizer):
     X, y = colours()

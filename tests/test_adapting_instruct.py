@@ -6,12 +6,15 @@ A tiny random Llama and a tokenizer of a few dozen words stand in for the real o
 import copy
 import json
 import math
+from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
@@ -614,7 +617,7 @@ def test_rows_that_lack_something_are_left_out_and_counted():
 def test_an_error_names_the_row_of_the_user_s_table(tokenizer):
     table = pd.DataFrame({"q": list("abcdef"), "a": list("bcdefg")})
     rows = question_rows(table, "q", "a").iloc[2:]
-    with pytest.raises(ValueError, match="row 3: it has [0-9]+ tokens"):
+    with pytest.raises(ValueError, match="row 3: with its answer it has [0-9]+ tokens"):
         texts = rows["question"], rows["answer"]
         chat_examples(tokenizer, *texts, rows=rows.index, max_length=3)
 
@@ -647,8 +650,42 @@ def test_questions_are_split_with_near_duplicates_on_one_side():
         sides = [set(part["answer"]) for part in (train, test)]
         assert any({"answer 38", "answer 39"} <= side for side in sides)
     assert split_questions(rows, 0.25, 1)[1].equals(split_questions(rows, 0.25, 1)[1])
-    with pytest.raises(ValueError, match="leaves . to train on"):
+    with pytest.raises(ValueError, match="4 questions.* allowed are at least 2 each"):
         split_questions(rows.head(4), 0.9)
+
+
+def test_a_template_of_questions_does_not_fill_the_held_out_part():
+    """Most questions of a FAQ are phrased alike: they are trained on, together."""
+    asked = [
+        f"How do I reset the password of my account number {i}?" for i in range(30)
+    ]
+    asked += list(course_questions()["question"][:10])
+    rows = pd.DataFrame({"question": asked, "answer": [f"Do {i}." for i in range(40)]})
+    for seed in range(8):
+        train, test = split_questions(rows, 0.25, seed)
+        assert len(test) == 10 and len(train) == 30
+    with pytest.raises(ValueError, match="up to 30 are alike"):
+        split_questions(rows.head(30), 0.25)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 12), min_size=12, max_size=60), st.integers(0, 99))
+def test_no_held_out_answer_was_trained_on(numbers, seed):
+    words = course_questions()["question"]
+    rows = pd.DataFrame({"question": [words[i % 48] for i in range(len(numbers))]})
+    rows["answer"] = [
+        f"{'Answer' if i % 2 else 'answer '} {n}" for i, n in enumerate(numbers)
+    ]
+    try:
+        train, test = split_questions(rows, 0.3, seed)
+    except ValueError as error:
+        assert "allowed are at least 2 each" in str(error)
+        return
+    plain = [
+        {" ".join(each.casefold().split()) for each in part["answer"]}
+        for part in (train, test)
+    ]
+    assert not plain[0] & plain[1] and 2 <= len(test) <= max(2, round(0.3 * len(rows)))
 
 
 def test_the_course_s_questions_are_whole():
@@ -834,3 +871,43 @@ def test_a_job_on_own_rows_says_what_it_did_and_how_to_use_it(
         names = {}
         exec(code, names)
         assert names["answers"]["answer"].tolist()
+
+
+def test_what_cannot_be_measured_or_asked_is_said(tokenizer, model, tmp_path):
+    with pytest.raises(ValueError, match="loader has no batch"):
+        answer_losses(model, [])
+    with pytest.raises(ValueError, match="texts has none of two tokens"):
+        text_examples(tokenizer, ["a", ""])
+    with pytest.raises(ValueError, match="rows has 1 entries; allowed is one for each"):
+        chat_examples(tokenizer, QUESTIONS, ANSWERS, rows=[1])
+    mark = tokenizer.eos_token
+    for call, role in (
+        (lambda: replies(model, tokenizer, [f"a {mark} b"]), "question"),
+        (lambda: replies(model, tokenizer, ["a"], system=mark), "system"),
+        (lambda: chat_examples(tokenizer, ["a"], ["b"], system=mark), "system"),
+        (lambda: chat_examples(tokenizer, ["a"], [mark], role="rejected"), "rejected"),
+    ):
+        with pytest.raises(ValueError, match=f"{role} holds '.*', a mark"):
+            call()
+    for wrong in (tmp_path, Path(__file__)):
+        with pytest.raises(ValueError, match="which is neither; allowed are a .gguf"):
+            load_chat(wrong)
+
+
+def test_a_loss_that_is_not_finite_is_no_result(tokenizer, model):
+    examples = chat_examples(tokenizer, QUESTIONS, ANSWERS, system="brief")
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="the loss of answer 0 is nan"):
+        answer_losses(broken, chat_loader(examples))
+
+
+def test_pairs_answer_one_question(tokenizer, model):
+    chosen = chat_examples(tokenizer, ["is it a", "is it b"], ["a", "b"])
+    other = chat_examples(tokenizer, ["is it a", "is it c"], ["b", "a"])
+    with pytest.raises(ValueError, match="row 1: the pair answers two questions"):
+        prefer(copy.deepcopy(model), chosen, other)
+    same = chat_examples(tokenizer, ["is it a", "is it b"], ["b", "a"])
+    with pytest.raises(ValueError, match="precision is 'auto'; allowed are 'float32'"):
+        prefer(copy.deepcopy(model), chosen, same, precision="auto")

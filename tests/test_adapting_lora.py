@@ -34,6 +34,7 @@ from bigmodel_nb.adapting.lora import (
     trainable_parameters,
     unmerge_lora,
 )
+from bigmodel_nb.adapting.qlora import QuantizedLinear
 from bigmodel_nb.training.loop import fit
 
 IDS = torch.arange(24).reshape(3, 8)
@@ -658,6 +659,71 @@ def test_counts():
     assert counted["share"] == counted["trainable"] / counted["all"]
 
 
+def test_numbers_held_in_codes_are_counted():
+    for quantised in (Quantised, QuantizedLinear):
+        model = nn.Sequential(quantised(nn.Linear(64, 32)), nn.Linear(32, 4))
+        add_lora(model, 2, targets="0", trainable="1")
+        counted = trainable_parameters(model)
+        trains = 2 * (64 + 32) + 4 * 32 + 4
+        others = 64 * 32 + 32 + 4 * 32 + 4  # the base: codes, their bias, and the head
+        assert counted["trainable"] == trains and counted["all"] == trains + others
+    nothing = {"trainable": 0, "all": 0, "share": 0.0}
+    assert trainable_parameters(nn.Identity()) == nothing
+
+
+def test_within_adapters_for_nothing_else_is_switched():
+    model = adapted(name="a")
+    add_lora(model, 2, name="b")
+    shake(model)
+    for change in (
+        lambda: merge_lora(model, "a"),
+        lambda: set_adapters(model, None),
+        lambda: remove_lora(model, "b"),
+        lambda: remove_lora(model),
+        lambda: add_lora(model, 2, name="c"),
+        lambda: combine_lora(model, {"a": 1, "b": 1}),
+    ):
+        with adapters_for(model, ["a", "b", None]):
+            before = logits(model)
+            with pytest.raises(ValueError, match="is within adapters_for; allowed"):
+                change()
+            assert torch.equal(logits(model), before)
+            with adapters_for(model, ["b", "b", "b"]):  # which may stand in another
+                logits(model)
+            assert torch.equal(logits(model), before)
+    merge_lora(model, "a")
+
+
+def test_what_rows_use_is_trained_and_afterwards_what_was():
+    model, x = net(), torch.randn(3, 6)
+    for name in ("a", "b", "c"):
+        add_lora(model, 2, targets="query", name=name, trainable="head")
+    shake(model)
+    before = set(trained(set_adapters(model, "a")))
+    with adapters_for(model, ["b", {"c": 1.0, "b": 0.5}, None]):
+        kinds = {tuple(key.split(".")[0:3:2]) for key in trained(model)}
+        assert kinds == {(at, name) for at in ("query", "head") for name in "bc"}
+        model(x).square().sum().backward()
+        assert all(each.grad.abs().sum() > 0 for each in trained(model).values())
+    assert set(trained(model)) == before
+    assert all(each.grad is None for each in trained(model).values())
+    with pytest.raises(RuntimeError), adapters_for(model, ["b"] * 3):
+        raise RuntimeError
+    assert set(trained(model)) == before
+
+
+@pytest.mark.parametrize("variant", ["dora", "pissa"])
+def test_a_start_from_weights_that_are_not_finite_is_refused(variant):
+    model = net()
+    model.query.weight.data[0, 0] = math.nan
+    said = f"the weight of 'query' holds NaN .* variant is {variant!r}"
+    with pytest.raises(ValueError, match=said):
+        add_lora(model, 2, targets=("first", "query"), variant=variant)
+    assert type(model.first) is nn.Linear and model.first.weight.requires_grad
+    with pytest.raises(ValueError, match="weight holds numbers that are not finite"):
+        principal_part(model.query.weight, 2)
+
+
 def test_the_start_of_pissa_is_the_best_approximation():
     torch.manual_seed(0)
     weight = torch.randn(7, 5)
@@ -693,6 +759,10 @@ BAD = {
     "targets of another type": (lambda: adapted(targets=3), "targets is 3; allowed"),
     "head unknown": (lambda: adapted(trainable="clasifier"), "nearest is 'classifier'"),
     "rank too large": (lambda: add_lora(bert(), 17), "allowed is at most 16"),
+    "rank above a head's": (
+        lambda: add_lora(bert(), 3, targets="all-linear"),
+        "allowed is at most 2, or to name the layer in trainable",
+    ),
     "rank 0": (lambda: add_lora(bert(), 0), "rank is 0; allowed"),
     "rank half": (lambda: add_lora(bert(), 1.5), "rank is 1.5; allowed"),
     "alpha nan": (lambda: add_lora(bert(), 2, math.nan), "alpha is nan; allowed"),
@@ -790,6 +860,16 @@ def corrupted(folder, change):
         save_file(held, file)
     elif change == "more":
         save_file(load_file(file) | {"base_model.model.x.bias": torch.ones(2)}, file)
+    elif change == "magnitude":
+        held = load_file(file)
+        key = next(key for key in held if "lora_B" in key)
+        magnitude = key.replace("lora_B.weight", "lora_magnitude_vector")
+        save_file(held | {magnitude: torch.ones(len(held[key]))}, file)
+    elif change in ("sample of words", "sample of three", "sample that is a list"):
+        key = "base_model.model.bert.encoder.layer.0.attention.self.query"
+        told = {key: ["x"] * 16} if change.endswith("words") else {key: [1.0] * 3}
+        told = [1] if change.endswith("list") else told
+        save_file(load_file(file), file, {"bigmodel_nb.base": json.dumps(told)})
     elif change == "empty":
         save_file({}, file)
     else:
@@ -811,6 +891,17 @@ BROKEN = {
     "another start": ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
     "biases": ({"bias": "all"}, "bias = 'all'"),
     "alpha": ({"lora_alpha": math.nan}, "alpha is nan"),
+    "rank a text": ({"r": "8"}, "or broken (TypeError: rank is '8'"),
+    "dropout a text": ({"lora_dropout": "x"}, "or broken (ValueError: dropout is 'x'"),
+    "alphas a list": ({"alpha_pattern": ["a"]}, "adapter of peft, or broken ("),
+    "alphas no pattern": ({"alpha_pattern": {"(": 2}}, "adapter of peft, or broken ("),
+    "alphas of text": ({"alpha_pattern": {"a": "2"}}, "(ValueError: alpha is '2'"),
+    "heads of numbers": ({"modules_to_save": [3]}, "(TypeError: modules_to_save is"),
+    "no magnitude": ({"use_dora": True}, "has no magnitude for 'bert"),
+    "a magnitude": ("magnitude", "has a magnitude for 'bert"),
+    "sample of words": ("sample of words", "adapter of peft, or broken (TypeError"),
+    "sample of three": ("sample of three", "that is not 16 numbers"),
+    "sample a list": ("sample that is a list", "adapter of peft, or broken ("),
 }
 
 
@@ -946,7 +1037,12 @@ def expect_lora(m):
         "in Adam's first step with alpha over r"
     )
     by_size = m["accuracy_by_dimension"]
-    assert by_size["100000"] > by_size["100"], "more random directions do better"
+    assert by_size["10000"] > by_size["100"], "more random directions do better"
+    assert m["accuracy_head_alone"] > m["accuracy_head_two_epochs"], (
+        "a head alone is a baseline only once it is trained to convergence"
+    )
+    assert m["full_over_head_alone"]["high"] > 0, "nor are all layers worse than it"
+    assert m["reviews_untouched_by_news"], "an adapter leaves the others alone"
     assert m["mixed_difference"] < 1e-5, "a row in a mixed batch is as alone"
     assert (
         m["accuracy_of_sums"]["− reviews"] < m["accuracy_of_sums"]["reviews"] - 0.2
@@ -964,5 +1060,7 @@ undecided_lora = {
     "loss_by_rank": "of one run, on rows that are few",
     "accuracy_by_dimension": "of one run each, on rows that are few",
     "accuracy_of_sums": "of one run each, on rows that are few",
+    "accuracy_on_news": "of one run, on rows that are few",
+    "full_over_head_alone": "of one run, on rows that are few",
     "loss_both_zero": "the end of a descent of 200 steps from random numbers",
 }

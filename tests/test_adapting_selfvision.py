@@ -41,18 +41,23 @@ def expect_selfvision(m):
     assert by["none"]["value"] < by["random weights"]["value"], (
         "contrast without augmentation is worse than none"
     )
-    for few in ("1", "2", "5"):
+    for few in ("1", "2", "20"):
         assert m["gain"]["SimCLR against pixels"][few]["value"] > 0.02, few
-    assert m["gain"]["MAE against pixels"]["5"]["value"] < 0, "a probe of MAE is poor"
-    nothing = m["gain_of_probe_over_nothing"]
-    assert all(each["low"] < 0 for each in nothing.values()), (
-        "a network from nothing with the same augmentations is not shown to be worse"
-    )
+        poor = m["gain"]["MAE against pixels"][few]["value"] < 0
+        assert poor, "a probe of MAE is poor"
+    for name, by_labels in m["gain_over_scratch"].items():
+        assert all(each["low"] < 0 for each in by_labels.values()), (
+            f"{name}: no label is shown to be saved against a network from scratch"
+        )
+    assert {"SimCLR's probe", "SimCLR, fine-tuned"} <= m["gain_over_scratch"].keys()
     both = m["information"]["centring and sharpening"]
     for force, lost in m["information_lost"].items():
         assert lost["high"] < 0, f"{force}: collapse, in each run"
     assert m["information"]["no sharpening"] < 0.1 < 0.4 < both
     assert m["information"]["no centring"] < 0.5 * both, "each force is needed"
+    assert m["loss_without_centring"]["value"] < m["loss_with_both_forces"]["value"], (
+        "the loss is lower where the network has collapsed"
+    )
     assert m["masked_error"]["high"] < m["constant_error"], (
         "hidden patches are told better than by their place"
     )
@@ -131,6 +136,37 @@ def test_without_changes_an_image_is_itself():
         plain(torch.ones(1, 1, 8, 8).long())
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"zoom": (0, 0)}, r"zoom is \(0, 0\)"),
+        ({"zoom": (-1, -1)}, "zoom is"),
+        ({"zoom": (1.1, 0.5)}, "zoom is"),
+        ({"zoom": 0.8}, "zoom is 0.8; allowed are two numbers above 0"),
+        ({"zoom": (1, math.inf)}, "zoom is"),
+        ({"noise": -1}, "noise is -1; allowed is a number from 0 on"),
+        ({"noise": math.nan}, "noise is nan; allowed"),
+        ({"shift": math.inf}, "shift is inf; allowed"),
+        ({"gain": 5}, "gain is 5; allowed is a number from 0 to 1"),
+        ({"colour": -0.1}, "colour is -0.1; allowed"),
+    ],
+)
+def test_changes_that_are_none_are_refused(wrong, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        Augment(**wrong)
+
+
+def test_brightness_is_of_an_image_and_colour_of_a_channel():
+    images = torch.rand(40, 3, 4, 4) + 0.1
+    still = {"zoom": (1, 1), "shift": 0.0, "turn": 0.0, "noise": 0.0}
+    brighter = (Augment(**still, gain=0.4)(images) / images).flatten(2)
+    assert torch.allclose(brighter, brighter[:, :1, :1].expand_as(brighter), atol=1e-5)
+    coloured = (Augment(**still, gain=0.0, colour=0.4)(images) / images).flatten(2)
+    assert torch.allclose(coloured, coloured[:, :, :1].expand_as(coloured), atol=1e-5)
+    assert (coloured[:, 0, 0] - coloured[:, 1, 0]).abs().max() > 0.1
+    assert coloured.min() > 0.59 and coloured.max() < 1.41
+
+
 def test_a_quarter_turn_is_that_of_torch(monkeypatch):
     images = torch.rand(3, 1, 8, 8, dtype=torch.float64)
     how = Augment((1, 1), 0.0, math.pi / 2, 0.0, 0.0)
@@ -194,6 +230,51 @@ def test_the_teacher_is_the_moving_average_and_gets_no_gradient():
     assert model.centre.abs().sum() > 0
 
 
+def test_the_teacher_s_running_statistics_are_its_own():
+    "They are taken of what its own weights make, and not copied from the student."
+    torch.manual_seed(0)
+    model = SelfDistillation(ConvEncoder(1, 2), 8).train()
+    with torch.no_grad():
+        for each in model.teacher[0][0].layers[0].parameters():
+            each.mul_(3)
+    distillation(Augment())(model, torch.rand(9, 1, 8, 8), None)
+    before = {name: each.clone() for name, each in model.teacher.named_buffers()}
+    model.on_batch_end(None)
+    for name, each in model.teacher.named_buffers():
+        assert torch.equal(each, before[name]), name
+    own, student = (
+        net[0][0].layers[1].running_var for net in (model.teacher, model.student)
+    )
+    assert not torch.allclose(own, student)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "allowed"),
+    [
+        ({"teacher_temperature": 0}, "a number above 0"),
+        ({"student_temperature": -1}, "a number above 0"),
+        ({"student_temperature": math.nan}, "a number above 0"),
+        ({"decay": 1.5}, "a number from 0 to 1"),
+        ({"decay": -3}, "a number from 0 to 1"),
+        ({"centre_momentum": 2}, "a number from 0 to 1"),
+    ],
+)
+def test_self_distillation_says_what_is_wrong(wrong, allowed):
+    (name, value), *_ = wrong.items()
+    with pytest.raises(ValueError, match=f"^{name} is {value}; allowed is {allowed}$"):
+        SelfDistillation(ConvEncoder(), **wrong)
+
+
+def test_the_centre_moves_by_its_momentum():
+    model = SelfDistillation(ConvEncoder(1, 2), 8, centre_momentum=0.25).train()
+    images, before = torch.rand(5, 1, 8, 8), model.centre.clone() + 1
+    model.centre += 1
+    logits = model.teacher(images).detach()
+    distillation(lambda images: images)(model, images, None)
+    moved_to = 0.25 * before + 0.75 * logits.mean(0)
+    assert torch.allclose(model.centre, moved_to, atol=1e-5)
+
+
 def test_distillation_is_its_formula():
     torch.manual_seed(0)
     model = SelfDistillation(ConvEncoder(1, 2), 8).eval()
@@ -242,8 +323,12 @@ def test_information_is_0_for_both_collapses_and_log_k_at_best():
     p = torch.rand(9, 4, dtype=torch.float64).softmax(1)
     mean = p.mean(0)  # the mean Kullback-Leibler divergence to the mean
     assert abs(assignment_information(p) - (p * (p / mean).log()).sum(1).mean()) < 1e-12
-    for wrong in (torch.ones(3, 4), torch.full((4,), 0.25)):
+    for wrong in (torch.full((4,), 0.25), torch.ones(0, 4), torch.ones(4, 0)):
         with pytest.raises(ValueError, match="^probabilities has the shape"):
+            assignment_information(wrong)
+    nan = torch.full((3, 4), math.nan)
+    for wrong in (torch.ones(3, 4), torch.tensor([[1.5, -0.5]]), nan):
+        with pytest.raises(ValueError, match="^probabilities has the least entry"):
             assignment_information(wrong)
 
 
@@ -259,8 +344,11 @@ def test_effective_rank_counts_directions():
     p = values / values.sum()
     expected = math.exp(-(p[p > 0] * np.log(p[p > 0])).sum())
     assert abs(effective_rank(base) - expected) < 1e-6
-    with pytest.raises(ValueError, match="^vectors has the shape"):
-        effective_rank(torch.ones(3))
+    for wrong in (torch.ones(3), torch.ones(1, 3), torch.ones(3, 0)):
+        with pytest.raises(ValueError, match="^vectors has the shape"):
+            effective_rank(wrong)
+    with pytest.raises(ValueError, match="^vectors holds numbers that are not finite"):
+        effective_rank(torch.full((3, 2), math.nan))
 
 
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 3]))
@@ -292,6 +380,12 @@ def test_encoding_all_patches_is_encode_and_hidden_ones_do_not_matter():
     assert torch.allclose(encode_some(model, back, kept), seen)
     turned = encode_some(model, images, kept.flip(1))
     assert torch.allclose(turned[:, 1:].flip(1), seen[:, 1:]), "the order is free"
+    for wrong in (kept[:2], kept[0], kept.double()):
+        with pytest.raises(ValueError, match="^kept is torch"):
+            encode_some(model, images, wrong)
+    for wrong in (kept - 16, kept + 16):
+        with pytest.raises(ValueError, match="^kept holds numbers from"):
+            encode_some(model, images, wrong)
 
 
 def test_a_masked_autoencoder_hides_its_share_and_is_judged_by_it():
@@ -305,9 +399,18 @@ def test_a_masked_autoencoder_hides_its_share_and_is_judged_by_it():
     loss = masked_pixels(model, images, None)
     wrong = (said - patchify(images, 2))[hidden]
     assert torch.isclose(loss, wrong.square().mean())
-    for ratio in (0, 1, 0.01, -1, 2):
+    for ratio in (0, 1, 0.01, -1, 2, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"^ratio is {ratio}, .* of 16 patches"):
             MaskedAutoencoder(vit(), ratio)
+    with pytest.raises(ValueError, match="^layers is -1; allowed"):
+        MaskedAutoencoder(vit(), layers=-1)
+
+
+def test_a_vit_that_is_wrapped_stays_as_it_was():
+    given = vit()
+    before = given.places.detach().clone()
+    model = MaskedAutoencoder(given)
+    assert model.vit is given and torch.equal(given.places, before)
 
 
 def test_what_is_hidden_is_not_read():
@@ -339,3 +442,7 @@ def test_sizes_are_checked():
     with pytest.raises(ValueError):
         ConvEncoder(3)(torch.rand(2, 1, 8, 8))
     assert isinstance(projected(ConvEncoder(1, 2), 5, 6)[1], nn.Sequential)
+    with pytest.raises(TypeError, match="^encoder is a Linear without `channels`"):
+        projected(nn.Linear(3, 4))
+    with pytest.raises(ValueError, match="^hidden is 0"):
+        projected(ConvEncoder(1, 2), hidden=0)

@@ -176,7 +176,6 @@ LARGER = {
     "foundations/optim": {"cells": 161, "words": 4867, "lines": 716},
     "foundations/reading": {"cells": 106, "words": 4705},
     "models/layers": {"words": 3351},
-    "adapting/features": {"cells": 108},
     "adapting/lora": {"cells": 102},
     "robust/attacks": {"cells": 179, "words": 5886, "lines": 655},
     "robust/training": {"cells": 119, "words": 3798, "lines": 405},

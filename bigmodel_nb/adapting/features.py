@@ -9,6 +9,7 @@ __all__ = ['MINILM', 'EFFICIENTNET', 'quiet_transformers', 'load_encoder', 'mean
 
 # %% ../../nbs/05_adapting/01_features.ipynb #f685e4a7
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def _source(name: str) -> str:
         return name
     return str(fetch("all-MiniLM-L6-v2"))
 
-# %% ../../nbs/05_adapting/01_features.ipynb #3dfd73bf
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     "No progress bars of transformers in here."
@@ -132,7 +133,7 @@ def check_count(
         raise ValueError(f"{name} is {value!r}; allowed is an integer of at least 1")
 
 
-def _class_numbers(targets: Tensor | Sequence[int]) -> Tensor:
+def _class_numbers(targets: Tensor | Sequence[int], name: str = "targets") -> Tensor:
     if isinstance(targets, Tensor):
         return targets
     targets = np.asarray(targets)
@@ -140,7 +141,7 @@ def _class_numbers(targets: Tensor | Sequence[int]) -> Tensor:
         given = targets.ravel().tolist()
         named = (each for each in given if not isinstance(each, (int, float)))
         raise TypeError(
-            f"targets holds {next(named, targets.dtype)!r}; allowed are class numbers,"
+            f"{name} holds {next(named, targets.dtype)!r}; allowed are class numbers,"
             " as data.sources.encode_labels makes them of labels"
         )
     return torch.tensor(targets)
@@ -157,7 +158,8 @@ def tokenized_loader(
 ) -> DataLoader:
     """Batches `({'input_ids', 'attention_mask'}, target)`, each padded to its longest.
 
-    Raises `TypeError` for what is no text or class number, `ValueError` for none.
+    Raises `TypeError` for what is no text or class number, `ValueError` for none and
+    for a text without a token.
     """
     texts = check_texts(texts)
     check_count("max_length", max_length)
@@ -170,6 +172,9 @@ def tokenized_loader(
         )
     cut = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
     tokens = tokenizer(texts, **cut)["input_ids"]
+    if [] in tokens:  # the tokenizer adds no mark such as [CLS]
+        said = f"texts has no token at place {tokens.index([])}"
+        raise ValueError(f"{said}; allowed are texts of at least one token")
     filler = tokenizer.pad_token_id or 0  # whichever it is, the mask hides it
 
     def collate(rows: list[int]) -> tuple[dict[str, Tensor], Tensor]:
@@ -381,6 +386,17 @@ def _of_images(model: nn.Module, images: Tensor) -> Tensor:
     return found[-1].flatten(1).float().unsqueeze(1)
 
 # %% ../../nbs/05_adapting/01_features.ipynb #3a172f6e
+@contextmanager
+def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
+    "The model is on `device` in here, and on its own device afterwards."
+    home = next((each.device for each in model.parameters()), device)
+    try:
+        model.to(device)
+        yield
+    finally:
+        model.to(home)
+
+
 @torch.no_grad()
 def features(
     model: nn.Module,  # an encoder or decoder of transformers, or an image classifier
@@ -394,8 +410,9 @@ def features(
 
     Of texts: the pooled hidden states of each layer, over the tokens that `pool_mask`
     marks where a batch has one, else over all but padding, which may be on either
-    side. Of images: what the last linear layer reads, one layer. Each module's mode
-    stays, and the model ends on `device`. Raises `ValueError` and `TypeError`.
+    side. Of images: what the last linear layer reads, one layer. The model is on
+    `device` meanwhile; its device and each module's mode stay, after an error too.
+    Raises `ValueError` and `TypeError`.
     """
     if pool not in ("mean", "cls", "last"):
         raise ValueError(f"pool is {pool!r}; allowed are 'mean', 'cls' and 'last'")
@@ -403,7 +420,7 @@ def features(
         model = model.encoder
     device = best_device() if device is None else torch.device(device)
     found = []
-    with evaluating(model.to(device)):
+    with _moved(model, device), evaluating(model):
         for batch in loader:
             input = batch[0] if isinstance(batch, (tuple, list)) else batch
             input = to_device(input, device)
@@ -465,28 +482,41 @@ def _checked_rows(
     if isinstance(features, Tensor):
         features = features.detach().cpu().numpy()
     vectors = np.asarray(features, dtype=np.float64)
-    numbers = _class_numbers(targets).cpu().numpy()
-    if vectors.ndim != 2 or numbers.ndim != 1 or len(vectors) != len(numbers):
-        raise ValueError(
-            f"features has the shape {vectors.shape} and targets {numbers.shape};"
-            " allowed are (row, channel) and (row,)"
-        )
+    numbers = _classes_of_rows("targets", targets, vectors)
     if not np.isfinite(vectors).all():
         said = "features holds numbers that are not finite"
         raise ValueError(f"{said}; allowed are finite ones")
-    numbers = numbers.astype(np.int64)
     if held is None:
         return vectors, numbers, None
-    held = np.asarray(held)
-    rows = np.flatnonzero(held) if held.dtype == bool else np.unique(held)
-    inside = len(rows) and 0 <= rows.min() and rows.max() < len(numbers)
-    fits = len(held) == len(numbers) if held.dtype == bool else inside
-    if not inside or not fits or len(rows) == len(numbers):
+    held = held.cpu().numpy() if isinstance(held, Tensor) else np.asarray(held)
+    marks, rows = held.dtype == bool, np.arange(len(numbers))
+    if marks and held.shape != rows.shape:
+        said = f"held is booleans of the shape {held.shape}"
+        raise ValueError(f"{said}; allowed is {rows.shape}, one for each row")
+    strange = [] if marks else np.setdiff1d(held, rows)
+    if len(strange):
+        allowed = f"allowed are numbers of rows, 0 to {len(rows) - 1}, or booleans"
+        raise ValueError(f"held holds {strange[0]}; {allowed}")
+    rows = np.flatnonzero(held) if marks else np.unique(held).astype(np.int64)
+    if not 0 < len(rows) < len(numbers):
         raise ValueError(
             f"held names {len(rows)} of {len(numbers)} rows; allowed are some of them,"
             " and not all"
         )
-    return vectors, numbers, rows.astype(np.int64)
+    return vectors, numbers, rows
+
+
+def _classes_of_rows(name: str, targets: ArrayLike, vectors: np.ndarray) -> np.ndarray:
+    numbers = _class_numbers(targets, name).cpu().numpy()
+    if vectors.ndim != 2 or numbers.ndim != 1 or len(vectors) != len(numbers):
+        raise ValueError(
+            f"features has the shape {vectors.shape} and {name} {numbers.shape};"
+            " allowed are (row, channel) and (row,)"
+        )
+    strange = numbers[(numbers < 0) | (numbers % 1 != 0)]  # of NaN too
+    if len(strange):
+        raise ValueError(f"{name} holds {strange[0]}; allowed are whole numbers from 0")
+    return numbers.astype(np.int64)
 
 # %% ../../nbs/05_adapting/01_features.ipynb #3065d57a
 @dataclass(frozen=True)
@@ -494,10 +524,10 @@ class Probe:
     "A linear probe: how it does on held-out rows, and on a control task."
 
     accuracy: Proportion  # of the held-out rows
-    control: Proportion  # the same of a probe of the control task
-    selectivity: Difference  # accuracy over control, on the same rows
+    control: Proportion | None  # the same of a probe of the control task
+    selectivity: Difference | None  # accuracy over control, on the same rows
     validated: float  # accuracy by cross-validation, of the rows learnt from
-    penalty: float  # scikit-learn's C, 1 / penalty, chosen by cross-validation
+    penalty: float  # scikit-learn's C, the inverse of the penalty, as it was chosen
     held: np.ndarray  # (held,) numbers of the held-out rows, ascending
     predicted: np.ndarray  # (held,) class of each
     hits: np.ndarray  # (held,) whether that is its target
@@ -530,16 +560,19 @@ def probe(
     targets: ArrayLike,  # (row,) class numbers
     held: ArrayLike | None = None,  # held-out rows; default: three tenths of each class
     *,
-    control: ArrayLike | None = None,  # (row,) of the control task; default: shuffled
-    penalties: Sequence[float] = (1e-3, 1e-2, 1e-1),  # C, 1 / penalty, to choose from
+    control: ArrayLike | None = None,  # (row,); default: shuffled targets; False: none
+    penalties: Sequence[float] = (1e-3, 1e-2, 1e-1),  # to choose from: see below
     folds: int = 3,  # parts that cross-validation leaves out in turn
     seed: int = 0,  # of the parts, of the default of `held` and of that of `control`
 ) -> Probe:
     """Logistic regression on frozen features, with a control task.
 
-    Raises `ValueError` where a class has fewer than two rows to learn from.
+    `penalties` are values of scikit-learn's `C`, which is the inverse of the penalty:
+    the smallest regularises most. Raises `ValueError` where a class has fewer than two
+    rows to learn from.
     """
     vectors, targets, held = _checked_rows(features, targets, held)
+    _check_search(penalties, folds)
     if held is None:
         held = split_indices(targets, (0.7, 0.3), seed)[1].numpy()
     learnt = np.setdiff1d(np.arange(len(targets)), held)
@@ -547,26 +580,48 @@ def probe(
         draw, control = np.random.default_rng(seed), targets.copy()
         for side in (learnt, held):
             control[side] = draw.permutation(control[side])
-    control = _checked_rows(vectors, control, held)[1]
-    fits = []
-    for name, goal in (("targets", targets), ("control", control)):
-        search = _search(name, goal[learnt], penalties, folds, seed)
-        fits.append(_fitted(search, vectors[learnt], goal[learnt]))
-    said = [fit.predict(vectors[held]) for fit in fits]
-    hits = [each == goal[held] for each, goal in zip(said, (targets, control))]
-    chosen, scores = fits[0].best_index_, fits[0].cv_results_
+    goals = {"targets": targets}
+    if control is not False:
+        goals["control"] = _classes_of_rows("control", control, vectors)
+    searches = {
+        name: _search(name, goal[learnt], penalties, folds, seed)
+        for name, goal in goals.items()
+    }
+    fits = {
+        name: _fitted(search, vectors[learnt], goals[name][learnt])
+        for name, search in searches.items()
+    }
+    said = {name: fit.predict(vectors[held]) for name, fit in fits.items()}
+    hits = {name: each == goals[name][held] for name, each in said.items()}
+    of = {name: Proportion.of(each.sum(), len(each)) for name, each in hits.items()}
+    both, fit = "control" in hits, fits["targets"]
     return Probe(
-        *(Proportion.of(each.sum(), len(each)) for each in hits),
-        Difference.of_trials(hits[1], hits[0]),
-        float(scores["mean_test_accuracy"][chosen]),
-        float(fits[0].best_params_["logisticregression__C"]),
+        of["targets"],
+        of.get("control"),
+        Difference.of_trials(hits["control"], hits["targets"]) if both else None,
+        float(fit.cv_results_["mean_test_accuracy"][fit.best_index_]),
+        float(fit.best_params_["logisticregression__C"]),
         held,
-        said[0],
-        hits[0],
-        fits[0].best_estimator_,
+        said["targets"],
+        hits["targets"],
+        fit.best_estimator_,
     )
 
 # %% ../../nbs/05_adapting/01_features.ipynb #b021411b
+def _check_search(penalties: Any, folds: Any) -> None:
+    allowed = "allowed are at least one positive finite number, values of C"
+    try:
+        values = np.asarray(penalties, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"penalties is {penalties!r}; {allowed}") from None
+    positive = np.isfinite(values).all() and (values > 0).all()
+    if values.ndim != 1 or not len(values) or not positive:
+        raise ValueError(f"penalties is {penalties!r}; {allowed}")
+    check_count("folds", folds)
+    if folds < 2:
+        raise ValueError("folds is 1; allowed is an integer of at least 2")
+
+
 def _search(
     name: str, goal: np.ndarray, penalties: Sequence[float], folds: int, seed: int
 ) -> Any:
@@ -679,7 +734,7 @@ def _of_torchvision(name: str) -> tuple:
     from torchvision.models import get_model, get_model_weights
 
     shape = get_model_weights(name).DEFAULT.transforms()
-    model = get_model(name, weights="DEFAULT")
+    model = get_model(name, weights="DEFAULT", progress=False)
     return model, shape.crop_size[0], shape.mean, shape.std
 
 
@@ -692,6 +747,32 @@ def _of_timm(name: str) -> tuple:
     return model, shape["input_size"][-1], shape["mean"], shape["std"]
 
 # %% ../../nbs/05_adapting/01_features.ipynb #bb8fd2af
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    "PyTorch's switch: no library opens a pickle that could run code."
+    force, never = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (force, never)}
+    os.environ[force] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[force]
+        os.environ.update({name: old for name, old in before.items() if old})
+
+
+def _check_image_size(model: nn.Module, name: str, image_size: int, size: int) -> None:
+    "Raises `ValueError` where the model does not take images of this size."
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, image_size, image_size))
+    except Exception as error:  # each library has its own
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"image_size is {image_size}; allowed are sizes that {name!r} takes: it was"
+            f" made for {size} ({said})"
+        ) from None
+
+
 def _of_transformers(name: str) -> tuple:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -730,14 +811,15 @@ def image_encoder(
     The latter takes (..., 3, height, width) with values in [0, 1], resizes the shorter
     side, cuts out the square in the middle and standardises the channels. A folder is
     one that transformers wrote. No pickle is loaded but by `weights_only`. Raises
-    `ValueError` where `name` stands for none.
+    `ValueError` where `name` stands for none, and for a size that it does not take.
     """
     from torchvision.transforms import v2
 
     if image_size is not None:
         check_count("image_size", image_size)
     try:
-        model, size, mean, std = _image_source(name)()
+        with _weights_only():
+            model, size, mean, std = _image_source(name)()
     except Exception as error:  # each library has its own
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
@@ -745,7 +827,10 @@ def image_encoder(
             " torchvision, timm (where installed) or the hub by name, or a folder with"
             f" one in safetensors ({said})"
         ) from None
-    size = image_size or size
+    model.eval()
+    if image_size is not None:
+        _check_image_size(model, name, image_size, size)
+        size = image_size
     resize = v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True)
     steps = resize, v2.CenterCrop(size), v2.Normalize(list(mean), list(std))
-    return model.eval(), v2.Compose(steps)
+    return model, v2.Compose(steps)

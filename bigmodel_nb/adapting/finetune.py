@@ -26,7 +26,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import DataConversionWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.class_weight import compute_class_weight
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -455,7 +455,7 @@ def _class_array(classes: list) -> np.ndarray:
     found[:] = classes
     return found
 
-# %% ../../nbs/05_adapting/06_finetune.ipynb #0b8fe1cd
+
 def _as_array(given: Any) -> Any:
     "Tensors, rows of arrays and what else becomes an array as one; others as they are."
     if hasattr(given, "detach"):
@@ -473,7 +473,7 @@ def _as_array(given: Any) -> Any:
         return np.asarray(given)
     return given
 
-
+# %% ../../nbs/05_adapting/06_finetune.ipynb #0b8fe1cd
 def _listed(y: Any) -> list:
     "Labels as a list of Python's own values. Raises `TypeError` and `ValueError`."
     if y is None:
@@ -490,6 +490,40 @@ def _listed(y: Any) -> list:
         warnings.warn(said, DataConversionWarning, stacklevel=4)
         y = y[:, 0]
     return y.tolist() if hasattr(y, "tolist") else list(y)
+
+
+def _strange(name: str, task: _Task, labels: list) -> np.ndarray:
+    "(row,) whether a row has a label that was not learnt. Raises `ValueError`."
+    if task.kind == "numbers":
+        return np.zeros(len(labels), bool)
+    if task.matrix:
+        wanted = len(labels), task.outputs
+        found = [len(e) if isinstance(e, Sequence) else None for e in labels]
+        if set(found) - {task.outputs}:
+            rule = f"allowed is an indicator matrix of the shape {wanted}"
+            raise ValueError(
+                f"{name} is no matrix with a column for each label; {rule}"
+            )
+        return np.zeros(len(labels), bool)
+    known = set(task.classes)
+    try:
+        own = [{each} if task.kind == "classes" else set(each) for each in labels]
+    except TypeError as error:
+        raise ValueError(f"{name} holds what is no label ({error})") from None
+    return np.array([not each <= known for each in own], bool)
+
+
+def _right(task: _Task, output: np.ndarray, labels: list) -> np.ndarray:
+    "(row,) whether its label, or exactly its labels, are answered."
+    strange = _strange("y", task, labels)
+    if strange.any():
+        odd, rows = labels[int(strange.argmax())], int(strange.sum())
+        said = f"y holds {odd!r}, which was not learnt: {rows:,} rows count as wrong"
+        warnings.warn(said, UserWarning, stacklevel=3)
+    target = task.encode(labels).numpy()
+    if task.kind == "classes":
+        return ~strange & (output.argmax(1) == target)
+    return ~strange & ((output > 0) == (target > 0.5)).all(1)
 
 # %% ../../nbs/05_adapting/06_finetune.ipynb #47b72a93
 def _class_task(y: Any) -> tuple[_Task, list]:
@@ -576,6 +610,24 @@ def _mapped(module: nn.Module, compute: Any, source: Any, size: int) -> Tensor:
         found.append(compute(**to_device(source.batch(rows), device)).float().cpu())
         order += rows
     return torch.cat(found)[torch.tensor(order).argsort()]
+
+
+def _parted(
+    estimator: "_Estimator", rows: _Part, task: _Task, seed: int
+) -> tuple[_Part, _Part, list[str]]:
+    "Rows to train on, to validate by, and what there is to say of them."
+    auto = estimator.method == "auto"
+    part = max(estimator.validation_fraction, 0.2 * auto)
+    held = _held_out(rows.target, task.kind, part, seed)
+    left = np.setdiff1d(np.arange(len(rows.items)), held)
+    if len(held):
+        return rows.rows(left), rows.rows(held), []
+    few = "y has no class of three rows or more, so that none can be set apart"
+    if auto or estimator.early_stopping:
+        needs = "method='auto'" if auto else "early_stopping"
+        raise ValueError(f"{few} for {needs}; allowed are more rows, or validation=")
+    warnings.warn(f"{few}: the head was validated on its training rows", stacklevel=5)
+    return rows, rows, [f"{few}: the head was validated on its training rows"]
 
 # %% ../../nbs/05_adapting/06_finetune.ipynb #493188db
 def _linear(
@@ -702,6 +754,19 @@ def _check_options(estimator: BaseEstimator) -> None:
         if value is not None and not 0 < value <= most:
             rule = f"allowed is a number above 0 and up to {most}"
             raise ValueError(f"{name} is {value!r}; {rule}")
+    given = estimator.method_options
+    if not isinstance(given, Mapping | None):
+        rule = "allowed are None, and a dict of options by name"
+        raise ValueError(f"method_options is {given!r}; {rule}")
+    if given and estimator.method in ("head", "full", "bitfit"):
+        rule = f"allowed for {estimator.method!r} are none"
+        raise ValueError(f"method_options is {given!r}; {rule}")
+
+
+def _options(estimator: BaseEstimator, method: str) -> dict:
+    "The options of a method; where several are tried, they are those of LoRA."
+    given = estimator.method_options or {}
+    return {} if estimator.method == "auto" and method != "lora" else dict(given)
 
 
 def _weights(given: Any, task: _Task, target: Tensor) -> Tensor | None:
@@ -746,7 +811,7 @@ def _train(
         rows, bias = _probe(task, *read, weight)
         module.head.weight.copy_(rows)
         module.head.bias.copy_(bias)
-    module = apply_method(module, method, **(estimator.method_options or {})).to(device)
+    module = apply_method(module, method, **_options(estimator, method)).to(device)
     if method != "head":
         early = {"keep": "best", "patience": estimator.patience}
         history = finetune(
@@ -818,7 +883,7 @@ def sentence_of_gain(
         f" which gains {shown}"
     )
 
-# %% ../../nbs/05_adapting/06_finetune.ipynb #6340073d
+
 @dataclass
 class _Trial:
     "What one method has learnt, and how well it answers each validation row."
@@ -829,7 +894,7 @@ class _Trial:
     history: Any
     scores: np.ndarray
 
-
+# %% ../../nbs/05_adapting/06_finetune.ipynb #6340073d
 def _try(
     estimator: "_Estimator", name: str, train: _Part, valid: _Part, seed: int
 ) -> _Trial:
@@ -854,16 +919,19 @@ def _choose(
     for name in names:
         try:
             found = _try(estimator, name, train, valid, seed)
-        except ValueError:
-            if name != "lora":
+        except ValueError as error:  # such as an encoder without layers for an adapter
+            if name != "lora" or estimator.method_options:
                 raise
-            continue  # an encoder without layers for an adapter
+            told = f"; {name} was left out ({error})"
+            continue
         rows.append({"method": name, "score": _told(_mean(found.scores))})
         if best:
             gain = _gain(best.scores, found.scores)
             rows[-1]["gain"] = shown = _told(gain, sign="+")
             if gain.low <= 0:
-                told = f"; {name}, the next, does not gain beyond its interval: {shown}"
+                told += (
+                    f"; {name}, the next, does not gain beyond its interval: {shown}"
+                )
                 break
         best = found
     tried = ", ".join(row["method"] for row in rows)
@@ -915,9 +983,11 @@ def _saved_facts(estimator: "_Estimator", with_base: bool) -> dict:
     }
     if estimator.module_ is not None:
         base = str(Path(base).resolve()) if Path(base).is_dir() else base
-        inside = with_base or estimator.method_ == "full"
+        full = estimator.method_ == "full"
         facts["base"] = {"name": base, "sha256": estimator.base_digest_}
-        facts["base"]["inside"] = inside
+        facts["base"]["inside"] = with_base or full
+        if full and estimator._base_apart:
+            facts["base"]["trained"] = _digest(estimator.module_.encoder)
     if not isinstance(options["random_state"], int):
         facts["parameters"]["random_state"] = None
     if isinstance(weights, Mapping):  # JSON has words alone for keys
@@ -985,29 +1055,37 @@ def _facts(folder: Path) -> dict:
         raise ValueError(f"folder has a broken {_FILE} ({error})") from None
 
 
-def _read_numbers(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+def _base_of(
+    estimator: "_Estimator", facts: dict, folder: Path, base: str | None
+) -> tuple[str, str | None]:
+    "Where the encoder of a saved model lies, and its SHA-256. Raises `ValueError`."
+    full, inside = estimator.method_ == "full", folder / _BASE
+    if not (full and estimator._base_apart):
+        if base is None and facts["inside"] and inside.is_dir():
+            base = str(inside)
+        return base or facts["name"], None if full else facts["sha256"]
+    if base is not None:
+        rule = f"allowed is None, for the encoder that was trained is {str(inside)!r}"
+        raise ValueError(f"base is {base!r}; {rule}")
+    if not inside.is_dir():
+        rule = "allowed is all that save wrote"
+        raise ValueError(f"folder lacks the trained encoder, {str(inside)!r}; {rule}")
+    return str(inside), facts.get("trained")
 
-    try:
-        return load_file(folder / _NUMBERS)
-    except Exception as error:  # safetensors has its own
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            f"folder is {str(folder)!r}, whose {_NUMBERS} cannot be read ({said});"
-            " allowed is what save wrote"
-        ) from None
 
-
-def _restored(estimator: "_Estimator", held: dict[str, Tensor], base: str) -> nn.Module:
+def _restored(
+    estimator: "_Estimator", held: dict[str, Tensor], base: str, digest: str | None
+) -> nn.Module:
     "The module, of a base and of what was trained. Raises `ValueError`."
-    full, options = estimator.method_ == "full", estimator.method_options or {}
+    full, options = estimator.method_ == "full", _options(estimator, estimator.method_)
     outputs, all_layers = estimator._task_.outputs, estimator.method_ == "head"
     module = estimator._module(*estimator._base(base), outputs, all_layers)
-    if not full and _digest(module.encoder) != estimator.base_digest_:
+    if digest is not None and _digest(module.encoder) != digest:
+        rule = "what save wrote" if full else "that base, by load(folder, base=...)"
+        trained = "trained to" if full else "trained on: an adapter of another base"
         raise ValueError(
             f"base is {base!r}, whose weights are not those that this model was"
-            " trained on: an adapter of another base; allowed is that base, by"
-            " load(folder, base=...)"
+            f" {trained}; allowed is {rule}"
         )
     with torch.random.fork_rng():
         apply_method(module, estimator.method_, **options)
@@ -1021,6 +1099,19 @@ def _restored(estimator: "_Estimator", held: dict[str, Tensor], base: str) -> nn
     return module.to(estimator.device or best_device()).eval()
 
 # %% ../../nbs/05_adapting/06_finetune.ipynb #78f1170f
+def _read_numbers(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / _NUMBERS)
+    except Exception as error:  # safetensors has its own
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"folder is {str(folder)!r}, whose {_NUMBERS} cannot be read ({said});"
+            " allowed is what save wrote"
+        ) from None
+
+
 def _load(cls: type, folder: Path, base: str | None, device: Any) -> "_Estimator":
     facts = _facts(folder)
     if facts["class"] != cls.__name__:
@@ -1045,8 +1136,8 @@ def _load(cls: type, folder: Path, base: str | None, device: Any) -> "_Estimator
         return made
     made.base_digest_ = facts["base"]["sha256"]
     made.base = base or facts["base"]["name"]
-    inside = facts["base"]["inside"] and (folder / _BASE).is_dir()
-    made.module_ = _restored(made, held, str(folder / _BASE) if inside else made.base)
+    where, digest = _base_of(made, facts["base"], folder, base)
+    made.module_ = _restored(made, held, where, digest)
     return made
 
 
@@ -1061,22 +1152,6 @@ def load_estimator(
     return by_name[_facts(Path(folder))["class"]].load(folder, base, device)
 
 # %% ../../nbs/05_adapting/06_finetune.ipynb #6b18a1f8
-_ROWS = 1024  # held at a time where many are predicted
-
-
-def _blocks(estimator: "_Estimator", X: Any) -> Iterator[np.ndarray]:
-    "Outputs (row, output) of some rows at a time, of any iterable."
-    check_is_fitted(estimator, "method_")
-    rows, module = iter(estimator._rows(X)), estimator.module_
-    while block := list(itertools.islice(rows, _ROWS)):
-        block = estimator._items(block)
-        if module is None:
-            yield estimator.words_.outputs(block)
-            continue
-        source, size = estimator._source(block, module), 4 * estimator.batch_size
-        yield _mapped(module, module, source, size).double().numpy()
-
-
 def _fit(estimator: "_Estimator", X: Any, y: Any, validation: Any) -> None:
     items = estimator._items(X)
     _check_options(estimator)
@@ -1087,20 +1162,42 @@ def _fit(estimator: "_Estimator", X: Any, y: Any, validation: Any) -> None:
             " each row"
         )
     seed = int(check_random_state(estimator.random_state).randint(2**31 - 1))
-    train, auto = _Part(items, task.encode(labels)), estimator.method == "auto"
+    train, note = _Part(items, task.encode(labels)), []
     if validation is None:
-        part = max(estimator.validation_fraction, 0.2 * auto)
-        held = _held_out(train.target, task.kind, part, seed)
-        left = np.setdiff1d(np.arange(len(items)), held)
-        train, valid = train.rows(left), train.rows(held if len(held) else left)
+        train, valid, note = _parted(estimator, train, task, seed)
     else:
-        valid = _Part(
-            estimator._items(validation[0]), task.encode(_listed(validation[1]))
-        )
-    estimator._set_task(task)
+        valid = _validation(estimator, task, *validation)
+    before = dict(vars(estimator))
+    try:
+        estimator._set_task(task)
+        _learn(estimator, train, valid, seed)
+        estimator.notes_ = [*note, *estimator.notes_]
+    except BaseException:  # what was learnt before answers as before
+        vars(estimator).clear()
+        vars(estimator).update(before)
+        raise
+
+
+def _validation(estimator: "_Estimator", task: _Task, X: Any, y: Any) -> _Part:
+    "Rows to validate by, as they were given. Raises `ValueError`."
+    try:
+        items, labels = estimator._items(X), _listed(y)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"validation: {error}") from None
+    if len(items) != len(labels):
+        found = f"{len(items)} rows and {len(labels)} labels"
+        raise ValueError(f"validation has {found}; allowed is one label for each row")
+    strange = _strange("validation", task, labels)
+    if strange.any():
+        odd = labels[int(strange.argmax())]
+        raise ValueError(f"validation holds {odd!r}; allowed are the labels of y")
+    return _Part(items, task.encode(labels))
+
+
+def _learn(estimator: "_Estimator", train: _Part, valid: _Part, seed: int) -> None:
     why = f"The method {estimator.method!r} was asked for."
     with _seeded(seed):
-        if auto:
+        if estimator.method == "auto":
             found, estimator.trials_, why = _choose(estimator, train, valid, seed)
         else:
             module, history = _train(estimator, estimator.method, train, valid, seed)
@@ -1212,7 +1309,7 @@ class _OfTexts(_Estimator):
             with torch.random.fork_rng():
                 encoder = kind._from_config(config, attn_implementation=attention)
                 parts = *rest, self._task_.outputs, self.method_ == "head"
-                options = self.method_options or {}
+                options = _options(self, self.method_)
                 made = self._module(encoder, *parts)
                 apply_method(made, self.method_, **options).load_state_dict(tensors)
             self.module_ = made.to(self.device or best_device()).eval()
@@ -1262,6 +1359,22 @@ class _OfImages(_Estimator):
         return _ImageModule(encoder, prepare, outputs)
 
 # %% ../../nbs/05_adapting/06_finetune.ipynb #6bd9200e
+_ROWS = 1024  # held at a time where many are predicted
+
+
+def _blocks(estimator: "_Estimator", X: Any) -> Iterator[np.ndarray]:
+    "Outputs (row, output) of some rows at a time, of any iterable."
+    check_is_fitted(estimator, "method_")
+    rows, module = iter(estimator._rows(X)), estimator.module_
+    while block := list(itertools.islice(rows, _ROWS)):
+        block = estimator._items(block)
+        if module is None:
+            yield estimator.words_.outputs(block)
+            continue
+        source, size = estimator._source(block, module), 4 * estimator.batch_size
+        yield _mapped(module, module, source, size).double().numpy()
+
+
 class _Answering:
     "Answers of outputs, to a few rows or to many."
 
@@ -1334,13 +1447,18 @@ class _Classifying(ClassifierMixin, _Answering):
     def score(
         self,
         X: Any,  # rows
-        y: Any,  # their labels
+        y: Any,  # a label of each, or several
+        sample_weight: Any = None,  # (row,) how much each row counts; default: 1
     ) -> float:
-        "The fraction of rows that get their label, or exactly their labels."
-        target, output = self._task_.encode(_listed(y)).numpy(), self._outputs(X)
-        if self._task_.kind == "classes":
-            return float((output.argmax(1) == target).mean())
-        return float(((output > 0) == (target > 0.5)).all(1).mean())
+        """The fraction of rows that get their label, or exactly their labels.
+
+        A label that `fit` did not see counts as wrong, with a warning.
+        """
+        check_is_fitted(self, "method_")
+        output, labels = self._outputs(X), _listed(y)
+        check_consistent_length(output, labels, sample_weight)
+        right = _right(self._task_, output, labels)
+        return float(np.average(right, weights=sample_weight))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -1364,7 +1482,7 @@ class TextClassifier(_Classifying, _OfTexts):
         base: str = MINILM,  # a folder, or a name on the hub
         method: str = "full",  # as `apply_method` takes, or "auto"
         *,
-        method_options: dict | None = None,  # such as {"rank": 16} for "lora"
+        method_options: dict | None = None,  # such as {"rank": 16}; of "auto", LoRA's
         epochs: int = 3,  # how often each training row is seen
         learning_rate: float | None = None,  # of the topmost layer; by the method
         batch_size: int = 16,  # rows in a step
@@ -1412,7 +1530,7 @@ class TextRegressor(_Regressing, _OfTexts):
         base: str = MINILM,  # a folder, or a name on the hub
         method: str = "full",  # as `apply_method` takes, or "auto"
         *,
-        method_options: dict | None = None,  # such as {"rank": 16} for "lora"
+        method_options: dict | None = None,  # such as {"rank": 16}; of "auto", LoRA's
         epochs: int = 3,  # how often each training row is seen
         learning_rate: float | None = None,  # of the topmost layer; by the method
         batch_size: int = 16,  # rows in a step
@@ -1460,7 +1578,7 @@ class ImageClassifier(_Classifying, _OfImages):
         base: str = EFFICIENTNET,  # as `image_encoder` takes
         method: str = "head",  # as `apply_method` takes, or "auto"
         *,
-        method_options: dict | None = None,  # such as {"rank": 16} for "lora"
+        method_options: dict | None = None,  # such as {"rank": 16}; of "auto", LoRA's
         image_size: int | None = None,  # pixels a side; default: the encoder's own
         epochs: int = 3,  # how often each training image is seen
         learning_rate: float | None = None,  # at its highest; default: by the method

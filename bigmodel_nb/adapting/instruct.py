@@ -109,33 +109,48 @@ def split_questions(
     held_out: float = 0.25,  # fraction of them that is not trained on
     seed: int = 0,  # of the draw
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # to train on, held out
-    "The rows in two parts, near duplicates of a question in one; the index stays."
-    groups = near_duplicate_groups(rows["question"].tolist())
-    groups = np.unique(np.asarray(groups), return_inverse=True)[1]
-    order = np.random.default_rng(seed).permutation(groups.max() + 1)
-    sizes = np.bincount(groups)[order].cumsum()
-    wanted = max(2, round(held_out * len(rows)))
-    held = order[: int(np.searchsorted(sizes, wanted)) + 1]
-    out = np.isin(groups, held)
-    if (~out).sum() < 2:
+    """The rows in two parts; the index stays.
+
+    Near duplicates of a question, and rows with the same answer, are in one part.
+    Raises `ValueError` where a part would have fewer than two rows.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n, alike = len(rows), near_duplicate_groups(rows["question"].tolist()).numpy()
+    answers = rows["answer"].str.casefold().str.split().str.join(" ")
+    ends = np.r_[n + alike, 2 * n + pd.factorize(answers)[0]]
+    links = np.ones(2 * n, bool), (np.tile(np.arange(n), 2), ends)
+    groups = connected_components(coo_array(links, (3 * n, 3 * n)), directed=False)[1]
+    groups = np.unique(groups[:n], return_inverse=True)[1]
+    sizes, out = np.bincount(groups), np.zeros(n, bool)
+    wanted = max(2, round(held_out * n))
+    for group in np.random.default_rng(seed).permutation(len(sizes)):
+        if out.sum() + sizes[group] <= wanted:  # one that is larger is trained on
+            out |= groups == group
+    if out.sum() < 2 or (~out).sum() < 2:
         raise ValueError(
-            f"held_out is {held_out} of {len(rows)} questions, which leaves"
-            f" {(~out).sum()} to train on; allowed are at least 2"
+            f"held_out is {held_out} of {n} questions, of which up to {sizes.max()} are"
+            f" alike: {out.sum()} would be held out and {(~out).sum()} trained on;"
+            " allowed are at least 2 each"
         )
     return rows[~out], rows[out]
 
 # %% ../../nbs/05_adapting/07_instruct.ipynb #46e05ed4
 def chat_file(
-    name: str,  # in the catalogue; or a .gguf file, or a folder of transformers
+    name: Path | str,  # in the catalogue; or a .gguf file, or a folder of transformers
 ) -> Path:
     "Where a chat model lies. Raises `FileNotFoundError`, `ValueError`."
-    path, known = Path(name), MODELS.get(name)
-    if path.exists():
+    path, known = Path(name), MODELS.get(str(name))
+    if (path.suffix == ".gguf" and path.is_file()) or (path / "config.json").is_file():
         return path
+    if path.exists():
+        rule = "allowed are a .gguf file, and a folder that holds a config.json"
+        raise ValueError(f"model is {str(name)!r}, which is neither; {rule}")
     if known is None:
         raise FileNotFoundError(
-            f"model is {name!r}, which is not there; allowed are a .gguf file, a folder"
-            " of transformers, or a chat model that `bigmodel fetch` lists"
+            f"model is {str(name)!r}, which is not there; allowed are a .gguf file, a"
+            " folder of transformers, or a chat model that `bigmodel fetch` lists"
         )
     if not any(file.endswith(".gguf") for file in known.files):
         raise ValueError(f"model is {name!r}, a {known.about}; allowed is a chat model")
@@ -149,7 +164,7 @@ def chat_file(
 
 
 def load_chat(
-    name: str,  # as in `chat_file`
+    name: Path | str,  # as in `chat_file`
 ) -> tuple[nn.Module, "PreTrainedTokenizerBase"]:  # in float32, in evaluation mode
     "A chat model and its tokenizer. Raises as `chat_file` does; runs no code of files."
     file = chat_file(name)
@@ -256,6 +271,7 @@ def chat_examples(
     max_length: int = 512,  # tokens of a conversation, at most
     system: str | None = None,  # stands before each question; None: the template's own
     rows: Iterable[Any] | None = None,  # what errors call each; default: 0, 1, …
+    role: str = "answer",  # what errors call an answer
 ) -> list[Example]:  # input_ids (time,) and labels (time,), -100 before the answer
     """Conversations to learn answers from; each ends on the end token.
 
@@ -270,18 +286,24 @@ def chat_examples(
             f"questions has {len(questions)} entries and answers {len(answers)};"
             " allowed is one answer for each question, and at least one"
         )
-    made, rows = [], range(len(questions)) if rows is None else rows
+    if system is not None:
+        _check_text(tokenizer, "system", system)
+    made, rows = [], list(range(len(questions)) if rows is None else rows)
+    if len(rows) != len(questions):
+        rule = "allowed is one for each question"
+        raise ValueError(f"rows has {len(rows)} entries; {rule}, {len(questions)}")
     for row, question, answer in zip(rows, questions, answers, strict=True):
         try:
             _check_text(tokenizer, "question", question)
-            _check_text(tokenizer, "answer", answer)
+            _check_text(tokenizer, role, answer)
             prompt = chat_prompt(tokenizer, question, system)
             whole = chat_prompt(tokenizer, question, system, answer)
             turn = _answer_turn(tokenizer, prompt, whole, answer)
             if len(prompt) + len(turn) > max_length:
                 raise ValueError(
-                    f"it has {len(prompt) + len(turn)} tokens; allowed are at most"
-                    f" {max_length} (max_length), since a cut answer has no end"
+                    f"with its {role} it has {len(prompt) + len(turn)} tokens; allowed"
+                    f" are at most {max_length} (max_length), for a cut answer has no"
+                    " end"
                 )
         except ValueError as error:
             raise ValueError(f"row {row}: {error}") from None
@@ -295,15 +317,19 @@ def text_examples(
     texts: Iterable[str],  # at least one
     max_length: int = 64,  # longer texts are cut to this many tokens
 ) -> list[Example]:  # of which each token counts but the first
-    "Plain texts, without a template, to measure a language model by."
+    "Plain texts of two tokens or more, to measure a language model by."
     if isinstance(texts, str):
         raise TypeError(f"texts is {texts!r}; allowed is a sequence of strings")
     cut = {"truncation": True, "max_length": max_length, "add_special_tokens": False}
     rows = [torch.tensor(each) for each in tokenizer(list(texts), **cut)["input_ids"]]
+    rows = [ids for ids in rows if len(ids) > 1]
+    if not rows:
+        raise ValueError(
+            "texts has none of two tokens or more; allowed is at least one"
+        )
     return [
         {"input_ids": ids, "labels": torch.cat([torch.tensor([-100]), ids[1:]])}
         for ids in rows
-        if len(ids) > 1
     ]
 
 
@@ -378,7 +404,10 @@ def answer_losses(
     model: nn.Module,  # put into evaluation mode meanwhile
     loader: Iterable,  # of `chat_loader`, not shuffled
 ) -> pd.DataFrame:  # columns nats and tokens, a row an answer
-    "The loss of each answer, summed over its tokens, and how many these are."
+    """The loss of each answer, summed over its tokens, and how many these are.
+
+    Raises `ValueError` for no answer, and for a loss that is not finite.
+    """
     device, found = next(model.parameters()).device, []
     with evaluating(model):
         for input, labels in loader:
@@ -386,7 +415,15 @@ def answer_losses(
             nats = -answer_log_likelihood(model, input, labels).double().cpu()
             tokens = (labels[:, 1:] != -100).sum(1).cpu()
             found.append(pd.DataFrame({"nats": nats, "tokens": tokens}))
-    return pd.concat(found, ignore_index=True)
+    if not found:
+        raise ValueError("loader has no batch; allowed is at least one")
+    found = pd.concat(found, ignore_index=True)
+    odd = ~np.isfinite(found["nats"])
+    if odd.any():
+        row = int(odd.argmax())
+        rule = "allowed is a finite one: did the training diverge?"
+        raise ValueError(f"the loss of answer {row} is {found['nats'][row]}; {rule}")
+    return found
 
 
 def per_token(
@@ -561,6 +598,10 @@ def replies(
     if isinstance(questions, str):
         raise TypeError(f"questions is {questions!r}; allowed is a sequence of strings")
     end, found, questions = _end_token(tokenizer), [], list(questions)
+    for role, texts in (("question", questions), ("system", [system])):
+        for text in texts:
+            if text is not None:
+                _check_text(tokenizer, role, text)
     device = next(model.parameters()).device
     for start in range(0, len(questions), batch_size):
         some = questions[start : start + batch_size]
@@ -639,6 +680,28 @@ def _pairs(
     return input | {"labels": labels.unflatten(0, (-1, 2))}, target
 
 
+def _check_pairs(chosen: Sequence[Example], rejected: Sequence[Example]) -> None:
+    "Raises `ValueError` unless each pair is two answers to one question."
+    if len(chosen) != len(rejected) or not len(chosen):
+        raise ValueError(
+            f"chosen has {len(chosen)} entries and rejected {len(rejected)}; allowed is"
+            " one of each for each question, and at least one"
+        )
+    kind = "input_ids" if "input_ids" in chosen[0] else "inputs_embeds"
+    for row, pair in enumerate(zip(chosen, rejected)):
+        turns = [each["labels"][each["labels"] != -100] for each in pair]
+        lengths = {len(e["labels"]) - len(turn) for e, turn in zip(pair, turns)}
+        one, other = (each[kind][: min(lengths)].double() for each in pair)
+        if len(lengths) > 1 or (one - other).norm() > 1e-2 * one.norm():
+            rule = "allowed are two answers to one"
+            raise ValueError(f"row {row}: the pair answers two questions; {rule}")
+        if torch.equal(*turns):
+            rule = "allowed are two different answers"
+            raise ValueError(
+                f"row {row}: the chosen answer is the rejected one; {rule}"
+            )
+
+
 class Preference:
     "The objective of preference tuning: `dpo_loss` of a batch of pairs."
 
@@ -686,19 +749,14 @@ def prefer(
     Raises `ValueError`, among others where both answers of a pair are equal.
     """
     objective = Preference(beta, label_smoothing)
-    if len(chosen) != len(rejected) or not len(chosen):
-        raise ValueError(
-            f"chosen has {len(chosen)} entries and rejected {len(rejected)}; allowed is"
-            " one of each for each question, and at least one"
-        )
-    for row, (one, other) in enumerate(zip(chosen, rejected)):
-        turns = [each["labels"][each["labels"] != -100] for each in (one, other)]
-        if torch.equal(*turns):
-            raise ValueError(
-                f"row {row}: the chosen answer is the rejected one; allowed are two"
-                " different answers"
-            )
-    both = [_log_likelihoods(model, each) for each in (chosen, rejected)]
+    _check_pairs(chosen, rejected)
+    precision = options.get("precision", "float32")
+    if precision not in ("float32", "bfloat16"):
+        rule = "allowed are 'float32' and 'bfloat16', the reference's too"
+        raise ValueError(f"precision is {precision!r}; {rule}")
+    kind = next(model.parameters()).device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
+        both = [_log_likelihoods(model, each) for each in (chosen, rejected)]
     rows = list(zip(chosen, rejected, torch.stack(both, 1)))
     loader = DataLoader(
         rows,

@@ -85,8 +85,13 @@ def principal_part(
     weight: Tensor,  # (out, in)
     rank: int,  # how many singular values
 ) -> tuple[Tensor, Tensor]:  # A (rank, in), B (out, rank), at least in float32
-    "`B @ A` is the best approximation of `weight` by that rank; their norms are equal."
+    """`B @ A` is the best approximation of `weight` by that rank, with equal norms.
+
+    Raises `ValueError` where a weight is not finite.
+    """
     weight = weight.detach()
+    if not weight.isfinite().all():
+        raise ValueError("weight holds numbers that are not finite; allowed are finite")
     weight = weight if weight.dtype == torch.float64 else weight.float()
     U, S, V = torch.linalg.svd(weight, full_matrices=False)
     root = S[:rank].sqrt()
@@ -406,12 +411,14 @@ def _root(model: nn.Module) -> tuple[nn.Module, _State]:
     raise ValueError("model has no adapter; add_lora and load_lora give it one")
 
 
-def _unmerged(model: nn.Module) -> tuple[nn.Module, _State]:
-    "The same, for what cannot be done while an adapter is merged."
+def _unmerged(model: nn.Module, by_rows: bool = False) -> tuple[nn.Module, _State]:
+    "The same, while nothing is merged and, unless `by_rows`, outside `adapters_for`."
     root, state = _root(model)
     if state.merged:
         merged = ", ".join(map(repr, state.active))
         raise ValueError(f"model has {merged} merged; call unmerge_lora(model) first")
+    if not by_rows and any(each.rows is not None for each in _wrappers(root).values()):
+        raise ValueError("model is within adapters_for; allowed is to leave that first")
     return root, state
 
 
@@ -615,11 +622,17 @@ def add_lora(
     whole = _whole_modules(model, config.trainable)
     layers = _target_layers(model, config.targets, whole)
     for key, layer in layers.items():
-        if rank > min(layer_sizes(_own(layer))):
-            inputs, outputs = layer_sizes(_own(layer))
+        inputs, outputs = layer_sizes(_own(layer))
+        if rank > min(inputs, outputs):
             raise ValueError(
                 f"rank is {rank}, and {key!r} has {inputs} inputs and {outputs}"
-                f" outputs; allowed is at most {min(inputs, outputs)}"
+                f" outputs; allowed is at most {min(inputs, outputs)}, or to name the"
+                " layer in trainable, where it trains whole"
+            )
+        if variant != "lora" and not base_weight(_own(layer)).isfinite().all():
+            raise ValueError(
+                f"the weight of {key!r} holds NaN or infinity; allowed are finite"
+                f" numbers where variant is {variant!r}"
             )
     made, options = {}, (rank, alpha, dropout, variant, rslora)
     for key, layer in layers.items():
@@ -650,6 +663,20 @@ def _weights(state: _State, adapters: Any) -> dict[str, float]:
     return dict(adapters)
 
 
+def _train_only(
+    wrappers: Iterable[_Wrapper], mixtures: Sequence[Mapping[str, float]]
+) -> None:
+    "Let train what these mixtures of adapters use, and nothing else of an adapter."
+    for wrapper in wrappers:
+        first = 1 if isinstance(wrapper, TaskModule) else None
+        own = [[name for name in each if name in wrapper.adapters] for each in mixtures]
+        used = {name for names in own for name in names[:first]}
+        for name, adapter in wrapper.adapters.items():
+            for parameter in adapter.parameters():
+                floating = parameter.is_floating_point()
+                parameter.requires_grad_(floating and name in used)
+
+
 def set_adapters(
     model: nn.Module,  # with adapters
     adapters: str | Iterable[str] | Mapping[str, float] | None,  # None: the base alone
@@ -657,19 +684,14 @@ def set_adapters(
     """Use these adapters, with these weights, from now on; they alone are trained.
 
     Of modules that train whole the copy of the first one named is used. Raises
-    `ValueError` for an unknown name, and while an adapter is merged.
+    `ValueError` for an unknown name, while an adapter is merged, and in `adapters_for`.
     """
     root, state = _unmerged(model)
     state.active = _weights(state, adapters)
-    for wrapper in _wrappers(root).values():
+    wrappers = _wrappers(root).values()
+    for wrapper in wrappers:
         wrapper.active = dict(state.active)
-        used = [name for name in state.active if name in wrapper.adapters]
-        if isinstance(wrapper, TaskModule):
-            used = used[:1]
-        for name, adapter in wrapper.adapters.items():
-            for parameter in adapter.parameters():
-                floating = parameter.is_floating_point()
-                parameter.requires_grad_(floating and name in used)
+    _train_only(wrappers, [state.active])
     return model
 
 # %% ../../nbs/05_adapting/02_lora.ipynb #4e657973
@@ -680,10 +702,11 @@ def adapters_for(
 ) -> Iterator[nn.Module]:  # `model`
     """In here each row of a batch has adapters of its own; None: the base alone.
 
-    The rows are those of the first dimension of what each layer is given. Raises
+    The rows are those of the first dimension of what each layer is given. The adapters
+    named are trained, and they alone: `backward` belongs in here too. Raises
     `ValueError` for an unknown name, and while an adapter is merged.
     """
-    root, state = _unmerged(model)
+    root, state = _unmerged(model, by_rows=True)
     if isinstance(names, (str, Mapping)) or not isinstance(names, Sequence):
         allowed = "allowed is a list with a name or None for each row"
         raise TypeError(f"names is {names!r}; {allowed}")
@@ -693,15 +716,20 @@ def adapters_for(
     groups = [(dict(key), torch.tensor(rows)) for key, rows in grouped.items()]
     wrappers = list(_wrappers(root).values())
     before = [wrapper.rows for wrapper in wrappers]
+    parameters = [each for inner in wrappers for each in inner.adapters.parameters()]
+    trained = [each.requires_grad for each in parameters]
     for wrapper in wrappers:
         wrapper.rows = _Rows(len(names), groups)
+    _train_only(wrappers, [mixture for mixture, _ in groups])
     try:
         yield model
     finally:
         for wrapper, rows in zip(wrappers, before):
             wrapper.rows = rows
+        for parameter, trains in zip(parameters, trained):
+            parameter.requires_grad_(trains)
 
-
+# %% ../../nbs/05_adapting/02_lora.ipynb #9fab8797
 def _short_names(root: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     "Ends that stand for these names and no others; else the names."
     names = set(names)
@@ -716,11 +744,20 @@ def _short_names(root: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
 def trainable_parameters(
     model: nn.Module,  # with or without adapters
 ) -> dict[str, int | float]:  # trainable, all, and their ratio
-    "How many numbers are trained, and how many there are."
+    "How many numbers are trained, and how many there are, with those held in codes."
     each = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, trains in each if trains)
+    coded = [
+        layer_sizes(module)
+        for module in model.modules()
+        if callable(getattr(module, "dequantize", None))
+        and "weight" not in module._parameters
+        and not isinstance(module, _Wrapper)
+    ]
     total = sum(size for size, _ in each)
-    return {"trainable": trained, "all": total, "share": trained / total}
+    total += sum(math.prod(sizes) for sizes in coded if sizes)
+    share = trained / total if total else 0.0
+    return {"trainable": trained, "all": total, "share": share}
 
 # %% ../../nbs/05_adapting/02_lora.ipynb #4b9636aa
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -875,6 +912,18 @@ _ELSE = (  # options of peft's LoRA that change what the tensors mean
 _STARTS = (True, False, "gaussian", "orthogonal", "eva", "pissa")  # that keep the base
 
 # %% ../../nbs/05_adapting/02_lora.ipynb #9359378d
+# What the values of a file raise that are of another type, or missing.
+_WRONG = (ValueError, KeyError, TypeError, AttributeError, re.error)
+
+
+def _broken(folder: Path, error: Exception) -> ValueError:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(
+        f"folder is {str(folder)!r}, whose files are no adapter of peft, or broken"
+        f" ({type(error).__name__}: {said})"
+    )
+
+
 def read_adapter(
     folder: Path,  # that `write_adapter` or peft wrote
 ) -> tuple[dict, dict[str, Tensor], dict]:
@@ -893,12 +942,10 @@ def read_adapter(
             held = {key: file.get_tensor(key) for key in file.keys()}
             told = json.loads((file.metadata() or {}).get(_SAMPLE, "{}"))
         about["peft_type"]
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"folder is {str(folder)!r}, whose files are no adapter of peft, or broken"
-            f" ({type(error).__name__}: {said})"
-        ) from None
+        if any(len(sample) != 16 or sum(sample) is None for sample in told.values()):
+            raise ValueError(f"{_SAMPLE} holds a sample that is not 16 numbers")
+    except (SafetensorError, *_WRONG) as error:
+        raise _broken(folder, error) from None
     for key, value in held.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"folder is {str(folder)!r}, where {key} holds NaN or inf")
@@ -936,8 +983,12 @@ def _adapter_of(key: str, layer: nn.Module, parts: dict, about: dict) -> Adapter
     options = (config.alpha, config.dropout, config.variant, config.rslora)
     made = Adapter(layer, len(A), *options)
     pairs = [(made.A, A), (made.B, B)]
+    if ("magnitude_vector" in parts) != (config.variant == "dora"):
+        told = f"use_dora = {config.variant == 'dora'}"
+        held = "a" if "magnitude_vector" in parts else "no"
+        raise ValueError(f"folder has {held} magnitude for {key!r}, against its {told}")
     if config.variant == "dora":
-        pairs.append((made.magnitude, parts.get("magnitude_vector", A)))
+        pairs.append((made.magnitude, parts["magnitude_vector"]))
     with torch.no_grad():
         for own, value in pairs:
             if own.shape != value.shape:
@@ -999,11 +1050,11 @@ def _read_lora(folder: Path) -> tuple[dict, dict[str, Tensor], dict]:
     odd = {key: about[key] for key in _ELSE if about.get(key)}
     if about["peft_type"] != "LORA":
         odd = {"peft_type": about["peft_type"]}
-    elif missing := [key for key in ("r", "lora_alpha") if key not in about]:
-        raise ValueError(
-            f"folder is {str(folder)!r}, whose files are no adapter of peft, or broken"
-            f" (KeyError: {missing[0]!r})"
-        )
+    else:
+        try:
+            _check_config(about)
+        except _WRONG as error:
+            raise _broken(folder, error) from None
     if about.get("bias", "none") != "none":
         odd["bias"] = about["bias"]
     if about.get("init_lora_weights", True) not in _STARTS:
@@ -1017,6 +1068,15 @@ def _read_lora(folder: Path) -> tuple[dict, dict[str, Tensor], dict]:
     return about, held, told
 
 # %% ../../nbs/05_adapting/02_lora.ipynb #7ea6adc3
+def _check_config(about: dict) -> None:
+    "Raises one of `_WRONG` where a configuration of peft's LoRA cannot be read."
+    alphas = {"": about["lora_alpha"]} | (about.get("alpha_pattern") or {})
+    for pattern, alpha in alphas.items():
+        re.compile(pattern)
+        _config_of(about, about["r"], alpha, ("any",))
+    _names("modules_to_save", about.get("modules_to_save") or ())
+
+
 def load_lora(
     model: nn.Module,  # the base that the adapter was trained on; changed in place
     folder: str | Path,  # that `save_lora` or peft wrote
@@ -1158,6 +1218,7 @@ def remove_lora(
     gone = list(state.configs) if name is None else [_known(state, name)]
     if state.merged:
         unmerge_lora(root)
+    _unmerged(root)  # and outside adapters_for
     if len(gone) == len(state.configs):
         _strip(root, {each: each.base for each in _wrappers(root).values()})
         return model

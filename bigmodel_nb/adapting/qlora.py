@@ -8,19 +8,21 @@ __all__ = ['NF4', 'normal_float', 'quantize_blocks', 'dequantize_blocks', 'quant
 
 # %% ../../nbs/05_adapting/08_qlora.ipynb #5724f3d2
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .lora import TaskModule, exchange_modules
+
 # %% ../../nbs/05_adapting/08_qlora.ipynb #460a487c
 def normal_float(
     bits: int = 4,  # of a code, 2 to 8
 ) -> Tensor:  # (2**bits,) float64, ascending from -1 to 1, one of them 0
     "Levels at quantiles of the normal distribution: NF4, Dettmers et al. 2023."
-    if isinstance(bits, bool) or bits not in range(2, 9):
+    if type(bits) is not int or bits not in range(2, 9):
         raise ValueError(f"bits is {bits!r}; allowed is a whole number from 2 to 8")
     end = 1 - (1 / 2**bits + 1 / (2**bits - 1)) / 4
     half = torch.linspace(end, 0.5, 2 ** (bits - 1) + 1, dtype=torch.float64)
@@ -53,11 +55,19 @@ NF4 = torch.tensor(
 )
 
 # %% ../../nbs/05_adapting/08_qlora.ipynb #98eb9ca4
-def _check_levels(levels: Tensor, block_size: int) -> None:
-    if levels.ndim != 1 or not 2 <= len(levels) <= 256 or (levels.diff() <= 0).any():
+def _check_blocks(weight: Tensor, levels: Tensor, block_size: int) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        kind = getattr(weight, "dtype", type(weight).__name__)
+        raise TypeError(f"weight is of type {kind}; allowed is a floating tensor")
+    if not weight.isfinite().all():
+        raise ValueError("weight holds numbers that are not finite; allowed are finite")
+    if not isinstance(levels, Tensor):
+        raise TypeError(f"levels is a {type(levels).__name__}; allowed is a tensor")
+    several = levels.ndim == 1 and 2 <= len(levels) <= 256
+    if not several or not (levels.diff() > 0).all() or levels.abs().max() > 1:
         raise ValueError(
             f"levels has the shape {tuple(levels.shape)}; allowed are 2 to 256 numbers"
-            " in ascending order"
+            " in ascending order, from -1 on and up to 1"
         )
     if isinstance(block_size, bool) or not isinstance(block_size, int):
         raise TypeError(f"block_size is {block_size!r}; allowed is a whole number")
@@ -72,9 +82,7 @@ def quantize_blocks(
     block_size: int = 64,  # weights that share a scale, in the order of memory
 ) -> tuple[Tensor, Tensor]:  # codes, uint8; scales (blocks,), float32
     "Absmax quantisation to the nearest level. Raises `TypeError`, `ValueError`."
-    _check_levels(levels, block_size)
-    if not weight.isfinite().all():
-        raise ValueError("weight holds numbers that are not finite; allowed are finite")
+    _check_blocks(weight, levels, block_size)
     flat = weight.detach().float().flatten()
     blocks = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
     scales = blocks.abs().amax(1)
@@ -97,13 +105,11 @@ def dequantize_blocks(
 ) -> Tensor:  # of `shape`
     "The weights that codes and scales stand for."
     levels = levels.to(codes.device, torch.float32)
-    if len(levels) <= 16:  # a byte names a pair of levels: one look-up for two weights
-        count = len(levels)
-        first = torch.arange(256, device=codes.device) // 16 % count
-        second = torch.arange(256, device=codes.device) % 16 % count
-        found = F.embedding(codes.int(), levels[torch.stack([first, second], 1)])
-    else:
-        found = F.embedding(codes.int(), levels[:, None])
+    if len(levels) <= 16:  # a byte names a pair, which is looked up as one of 64 bits
+        byte = torch.arange(256, device=codes.device)
+        pairs = torch.stack([byte // 16, byte % 16], 1) % len(levels)
+        levels = levels[pairs].view(torch.int64).flatten()
+    found = levels.index_select(0, codes.int()).view(torch.float32)
     weights = found.view(-1, block_size) * scales[:, None]
     return weights.flatten()[: torch.Size(shape).numel()].view(shape).to(dtype)
 
@@ -153,16 +159,17 @@ class _Packed(nn.Module):
 
     def __init__(
         self,
-        linear: nn.Linear,  # what to quantise; it stays as it is
+        linear: nn.Linear,  # what to quantise; it stays as it is, its bias is shared
         bits: int = 4,  # 4 or 8
         block_size: int = 64,  # weights that share a scale
-        double: bool = True,  # whether scales are quantised too
+        double: bool | None = None,  # quantise scales too; default: at 4 bits
     ):
         super().__init__()
-        if bits not in _LEVELS:
+        if type(bits) is not int or bits not in _LEVELS:
             raise ValueError(f"bits is {bits!r}; allowed are 4 and 8")
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bits, self.block_size, self.double = bits, block_size, double
+        self.bits, self.block_size = bits, block_size
+        self.double = double = bits == 4 if double is None else bool(double)
         codes, scales = quantize_blocks(linear.weight, _LEVELS[bits], block_size)
         self.blocks, self.bias = len(scales), linear.bias
         levels = _LEVELS[bits].to(codes.device, copy=True)
@@ -211,6 +218,26 @@ class QuantizedLinear(_Packed):
             output = _UnpackedProduct.apply(input, self)
             return output if self.bias is None else output + self.bias.to(output.dtype)
 
+    def get_extra_state(self) -> Tensor:  # (3,)
+        "What codes and scales of the same shapes may differ in."
+        return torch.tensor([self.bits, self.block_size, self.double], dtype=torch.int)
+
+    def set_extra_state(
+        self,
+        state: Tensor,  # of `get_extra_state`
+    ) -> None:
+        "Nothing: `_load_from_state_dict` has compared it."
+
+    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
+        own, errors = self.get_extra_state().tolist(), others[-1]
+        stored = state_dict.get(f"{prefix}_extra_state")
+        if stored is None or stored.tolist() == own:
+            return super()._load_from_state_dict(state_dict, prefix, *others)
+        errors.append(
+            f"{prefix}: bits, block_size and double are {stored.tolist()} in the state;"
+            f" allowed are those of the layer, {own}"
+        )
+
     @property
     def weight(self) -> Tensor:  # (out_features, in_features), unpacked anew
         "The weight that the codes stand for, for models that read it."
@@ -220,11 +247,13 @@ class QuantizedLinear(_Packed):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}"
 
 # %% ../../nbs/05_adapting/08_qlora.ipynb #2bae8d75
-def _linear_layers(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear]:
-    "The linear layers of a model that may be quantised, by name."
-    if isinstance(skip, str):
+def _linear_layers(model: nn.Module, skip: Sequence[str]) -> list[nn.Linear]:
+    "The linear layers of a model that may be quantised. Raises what is not allowed."
+    _check_inside(model, nn.Linear)
+    if isinstance(skip, str) or not isinstance(skip, Iterable):
         raise TypeError(f"skip is {skip!r}; allowed is a list of names")
-    names = {name for name, _ in model.named_modules()}
+    named = list(model.named_modules(remove_duplicate=False))
+    names = {name for name, _ in named}
     unknown = [each for each in skip if each not in names]
     if unknown:
         near = get_close_matches(unknown[0], names, 1)
@@ -235,18 +264,30 @@ def _linear_layers(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear
         for module in model.modules()
         for each in module.parameters(recurse=False)
     )
-    return {
-        name: module
-        for name, module in model.named_modules()
+    inside = tuple(f"{each}." for each in skip)
+    kept = {module for name, module in named if f"{name}.".startswith(inside)}
+    for name, module in named:
+        if isinstance(module, TaskModule) and module not in kept:
+            raise ValueError(
+                f"model has adapters, which train {name!r}; allowed is to quantise"
+                f" before add_lora, or to name {name!r} in skip"
+            )
+    return [
+        module
+        for module in model.modules()
         if type(module) is nn.Linear
         and owners[id(module.weight)] == 1
-        and not any(name == each or name.startswith(f"{each}.") for each in skip)
-    }
+        and module not in kept
+    ]
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module.train(model.training))
+def _check_inside(model: nn.Module, kind: type) -> None:
+    "A layer that is all of the model has no place that another could take."
+    if isinstance(model, kind):
+        raise ValueError(
+            "model is itself a linear layer; allowed is a model that holds some, or"
+            " QuantizedLinear(layer) and its dequantize()"
+        )
 
 # %% ../../nbs/05_adapting/08_qlora.ipynb #47747872
 def quantize_base(
@@ -254,12 +295,12 @@ def quantize_base(
     bits: int = 4,  # 4 (NF4) or 8
     skip: Sequence[str] = (),  # modules that stay, with what they hold
     block_size: int = 64,  # weights that share a scale
-    double: bool = True,  # whether scales are quantised too
+    double: bool | None = None,  # quantise scales too; default: at 4 bits
 ) -> nn.Module:  # the same model
     """Replace linear layers by `QuantizedLinear`, whose weights are constants.
 
     Layers whose weight is tied to another module stay as they are. Raises `ValueError`
-    where there is nothing to quantise, or a weight is not finite.
+    where there is nothing to quantise, a weight is not finite, or an adapter trains.
     """
     layers = _linear_layers(model, skip)
     if not layers:
@@ -269,9 +310,8 @@ def quantize_base(
         )
     # all of them first, so that an error leaves the model as it was
     options = bits, block_size, double
-    made = {name: QuantizedLinear(each, *options) for name, each in layers.items()}
-    for name, layer in made.items():
-        _replace(model, name, layer)
+    made = {e: QuantizedLinear(e, *options).train(e.training) for e in layers}
+    exchange_modules(model, made)
     return model
 
 # %% ../../nbs/05_adapting/08_qlora.ipynb #72797d33
@@ -279,16 +319,21 @@ def dequantize_base(
     model: nn.Module,  # changed in place
     dtype: torch.dtype = torch.float32,  # of the weights and biases of these layers
 ) -> nn.Module:  # the same model
-    "Replace each `QuantizedLinear` by the linear layer that its codes stand for."
-    for name, module in list(model.named_modules()):
+    """Replace each `QuantizedLinear` by the linear layer that its codes stand for.
+
+    The weights do not train; set `requires_grad_(True)` where they shall.
+    """
+    _check_inside(model, QuantizedLinear)
+    made = {}
+    for module in model.modules():
         if isinstance(module, QuantizedLinear):
             with torch.device("meta"):
                 linear = nn.Linear(module.in_features, module.out_features, bias=False)
             linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
-            linear.bias = module.bias
-            if linear.bias is not None:
-                linear.bias.data = linear.bias.data.to(dtype)
-            _replace(model, name, linear)
+            if (bias := module.bias) is not None:
+                linear.bias = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
+            made[module] = linear.train(module.training)
+    exchange_modules(model, made)
     return model
 
 

@@ -121,15 +121,19 @@ def info_nce(
 def check_pairs(
     first: Tensor,  # (n, channel)
     second: Tensor,  # (n, channel)
-    temperature: float,  # above 0
+    temperature: float = 1.0,  # above 0
+    least: int = 2,  # rows
 ) -> None:
     "Raises `ValueError` for what no contrast can be taken of."
-    if first.ndim != 2 or first.shape != second.shape or len(first) < 2:
+    if first.ndim != 2 or first.shape != second.shape or len(first) < least:
         raise ValueError(
             f"first and second have the shapes {tuple(first.shape)} and"
             f" {tuple(second.shape)}; allowed is one common shape (n, channel) with at"
-            " least 2 rows"
+            f" least {least} row{'s' * (least > 1)}"
         )
+    if not (first.is_floating_point() and second.is_floating_point()):
+        said = f"first is {first.dtype} and second {second.dtype}"
+        raise ValueError(f"{said}; allowed are floating numbers")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; allowed is a number above 0")
 
@@ -176,7 +180,7 @@ def alignment(
     second: Tensor,  # (n, channel) the one that belongs to each
 ) -> float:  # from 0, equal, to 4, opposite
     "Mean squared distance of pairs of unit vectors. Wang and Isola 2020, section 4.1."
-    check_pairs(first, second, 1.0)
+    check_pairs(first, second, least=1)
     first, second = (F.normalize(each.double(), dim=1) for each in (first, second))
     return (first - second).square().sum(1).mean().item()
 
@@ -185,18 +189,21 @@ def uniformity(
     vectors: Tensor,  # (n, channel)
 ) -> float:  # 0 where all are one; lower the more evenly they are spread
     "Log of the mean Gaussian potential of pairs. Wang and Isola 2020, section 4.1."
-    check_pairs(vectors, vectors, 1.0)
+    if vectors.ndim != 2 or len(vectors) < 2 or not vectors.is_floating_point():
+        raise ValueError(
+            f"vectors is {vectors.dtype} of shape {tuple(vectors.shape)}; allowed are"
+            " floating (n, channel) with at least 2 rows"
+        )
     unit = F.normalize(vectors.double(), dim=1)
     far = torch.pdist(unit.cpu()).square()
     return far.mul(-2).exp().mean().log().item()
 
 # %% ../../nbs/05_adapting/09_selfsup.ipynb #07ab0bcb
 def _bits(model: nn.Module) -> dict[str, Tensor]:
-    state = model.state_dict(keep_vars=False)
+    state = [*model.named_parameters(), *model.named_buffers()]  # all, saved or not
     return {
         name: each.detach().clone().flatten().contiguous().view(torch.uint8)
-        for name, each in state.items()
-        if isinstance(each, Tensor)
+        for name, each in state
     }
 
 
@@ -230,19 +237,40 @@ def frozen(
 
 # %% ../../nbs/05_adapting/09_selfsup.ipynb #d09bdef5
 def _array(values: Any) -> np.ndarray:
-    return np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+    return np.asarray(values)
+
+
+def _rows(name: str, rows: ArrayLike, count: int) -> np.ndarray:
+    "Row numbers, of numbers or of booleans. Raises `ValueError`."
+    found = _array(rows)
+    if found.dtype == bool and found.shape == (count,):
+        found = np.flatnonzero(found)
+    whole = found.ndim == 1 and found.dtype.kind in "iu" and len(found)
+    if not whole or found.min() < 0 or found.max() >= count:
+        shown = f"{found.dtype} of shape {found.shape}"
+        shown = f"from {found.min()} to {found.max()}" if whole else shown
+        raise ValueError(
+            f"{name} is {shown}; allowed are at least one number from 0 to {count - 1},"
+            f" or {count} booleans"
+        )
+    if len(np.unique(found)) < len(found):
+        raise ValueError(f"{name} holds a row twice; allowed is each row once")
+    return found.astype(np.int64)
 
 
 def few_labels(
     targets: ArrayLike,  # (row,) class numbers
     per_class: int,  # rows of each class
-    rows: ArrayLike | None = None,  # row numbers to draw from; default: all
+    rows: ArrayLike | None = None,  # to draw from: numbers or booleans; default: all
     seed: int = 0,  # a larger draw of the same seed holds the smaller one
 ) -> np.ndarray:  # row numbers, ascending
     "As many labelled rows of each class. Raises `ValueError`."
     check_count("per_class", per_class)
     numbers = _array(targets)
-    rows = np.arange(len(numbers)) if rows is None else _array(rows)
+    every = np.arange(len(numbers))
+    rows = _rows("rows", every if rows is None else rows, len(every))
     draw, chosen = np.random.default_rng(seed), []
     for each in np.unique(numbers):
         own = draw.permutation(rows[numbers[rows] == each])
@@ -257,20 +285,48 @@ def few_labels(
 # %% ../../nbs/05_adapting/09_selfsup.ipynb #42e5809c
 def standardised(
     features: Tensor,  # (row, channel) vectors
-    rows: ArrayLike,  # numbers of those that mean and deviation are taken from
+    rows: ArrayLike,  # that mean and deviation are taken from: numbers or booleans
 ) -> Tensor:  # (row, channel)
-    "Each channel with mean 0 and standard deviation 1 on `rows`; no label is used."
-    known = features[torch.as_tensor(_array(rows), device=features.device)]
+    """Each channel with mean 0 and standard deviation 1 on `rows`; no label is used.
+
+    Raises `ValueError`.
+    """
+    rows = torch.from_numpy(_rows("rows", rows, len(features)))
+    if len(rows) < 2:
+        raise ValueError("rows holds 1 row; allowed are at least 2")
+    known = features[rows.to(features.device)]
     scale = known.std(0) + 1e-6 * known.std()  # a channel that is constant stays so
-    return (features - known.mean(0)) / scale
+    return (features - known.mean(0)) / scale.where(scale > 0, 1)
+
+# %% ../../nbs/05_adapting/09_selfsup.ipynb #30f98ceb
+def _checked_probe(
+    features: Any, numbers: np.ndarray, *parts: ArrayLike
+) -> list[np.ndarray]:
+    "Row numbers of learn, valid and test. Raises `ValueError`."
+    shapes = f"features has the shape {features.shape} and targets {numbers.shape}"
+    if len(features.shape) != 2 or numbers.shape != features.shape[:1]:
+        raise ValueError(f"{shapes}; allowed are (row, channel) and (row,)")
+    values = features.data if hasattr(features, "tocsr") else features
+    if not np.isfinite(values).all():
+        said = "features holds numbers that are not finite"
+        raise ValueError(f"{said}; allowed are finite ones")
+    names = "learn", "valid", "test"
+    rows = [_rows(*each, len(numbers)) for each in zip(names, parts)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        if set(rows[one]) & set(rows[other]):
+            shared = f"{names[other]} shares rows with {names[one]}"
+            raise ValueError(f"{shared}; allowed are others")
+    if len(np.unique(numbers[rows[0]])) < 2:
+        raise ValueError("learn holds one class; allowed are at least two")
+    return rows
 
 
 def few_label_accuracy(
     features: Any,  # (row, channel) tensor, array or sparse matrix
     targets: ArrayLike,  # (row,) class numbers
-    learn: ArrayLike,  # numbers of the rows whose labels are known
-    valid: ArrayLike,  # of the rows that choose the penalty
-    test: ArrayLike,  # of the rows that are judged
+    learn: ArrayLike,  # rows whose labels are known: their numbers, or booleans
+    valid: ArrayLike,  # rows that choose the penalty
+    test: ArrayLike,  # rows that are judged
     penalties: Sequence[float] = (1.0, 10.0, 100.0),  # scikit-learn's C, to choose from
 ) -> Proportion:  # of the test rows that are classified right
     "A linear probe of unit vectors with few labels. Raises `ValueError`."
@@ -278,11 +334,12 @@ def few_label_accuracy(
     from sklearn.preprocessing import normalize
     from threadpoolctl import threadpool_limits
 
-    learn, valid, test = map(_array, (learn, valid, test))
-    if set(learn) & set(test) or set(valid) & set(test):
-        raise ValueError("test shares rows with learn or valid; allowed are others")
     numbers = _array(targets)
-    features = _array(features) if isinstance(features, Tensor) else features
+    features = features if hasattr(features, "tocsr") else _array(features)
+    learn, valid, test = _checked_probe(features, numbers, learn, valid, test)
+    if not len(penalties) or not all(0 < each < math.inf for each in penalties):
+        allowed = "allowed is at least one number above 0"
+        raise ValueError(f"penalties is {penalties!r}; {allowed}")
     unit = normalize(features)
     with threadpool_limits(1, user_api="blas"):  # more would wait for each other
         probe, best = LogisticRegression(max_iter=1000, warm_start=True), -1.0
