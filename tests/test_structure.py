@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import symtable
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from bigmodel_nb.kit.exercises import read_exercises
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import glossary  # noqa: E402
+
+glossary.prose = cache(glossary.prose)  # no test writes a notebook
 
 NAMES = list(catalogue())
 PLACE = "bigmodel-nb/bigmodel_nb"
@@ -53,7 +56,9 @@ MACHINE_PATH = re.compile(
 )
 
 
+@cache
 def read(name):
+    """A notebook, which several tests look at and none changes."""
     return nbformat.read(catalogue()[name], as_version=4)
 
 
@@ -258,9 +263,7 @@ def names(cells):
 
     bound, read = set(), set()
     for cell in cells:
-        top = symtable.symtable(
-            TransformerManager().transform_cell(cell.source), cell.id, "exec"
-        )
+        top = symtable.symtable(plain_python(cell.source), cell.id, "exec")
         walk(top)
     return bound, read
 
@@ -364,9 +367,7 @@ def test_imports_only_from_earlier_notebooks(name):
         allowed = {module_of(other) for other in NAMES}
     for cell in code(read(name)):
         # %magics become calls
-        for node in ast.walk(
-            ast.parse(TransformerManager().transform_cell(cell.source))
-        ):
+        for node in ast.walk(ast.parse(plain_python(cell.source))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
                 "bigmodel_nb"
             ):
@@ -601,8 +602,9 @@ def test_home_made_words_are_not_used(name):
     assert not found, f"{found}: use the field's word"
 
 
-def plain_python(cell):
-    return TransformerManager().transform_cell(cell.source)  # %magics become calls
+@cache
+def plain_python(source):
+    return TransformerManager().transform_cell(source)  # %magics become calls
 
 
 # A number with one of these units says how something came out, or how it was asked for.
@@ -643,7 +645,7 @@ def said_of_results(notebook):
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             yield re.sub(r"^(\*Measured on|\|).*$", "", cell.source, flags=re.MULTILINE)
-    for source in map(plain_python, code(notebook)):
+    for source in map(plain_python, (cell.source for cell in code(notebook))):
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.keyword) and node.arg in ("title", "alt"):
                 for part in ast.walk(node.value):
@@ -652,7 +654,7 @@ def said_of_results(notebook):
 
 
 def numbers_in_code(notebook):
-    trees = [ast.parse(source) for source in map(plain_python, code(notebook))]
+    trees = [ast.parse(plain_python(cell.source)) for cell in code(notebook)]
     nodes = (node for tree in trees for node in ast.walk(tree))
     return {
         float(node.value)
