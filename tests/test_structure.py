@@ -1,6 +1,8 @@
 """Notebooks have the anatomy of the course, modules documentation, and both agree."""
 
 import ast
+import base64
+import io
 import json
 import re
 import shutil
@@ -15,9 +17,11 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from packaging.specifiers import SpecifierSet
+from PIL import Image
 
 from bigmodel_nb.headless.parameters import catalogue, declaration, read_parameters
 from bigmodel_nb.kit.exercises import read_exercises
+from bigmodel_nb.kit.plots import figure, png
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -661,6 +665,31 @@ def numbers_in_code(notebook):
         for node in nodes
         if isinstance(node, ast.Constant) and type(node.value) in (int, float)
     }
+
+
+def runs_out(png):
+    """Whether a title, at the top of a picture, reaches its right border."""
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    grey = Image.alpha_composite(white, image).convert("L")
+    end = grey.crop((grey.width - 6, 0, grey.width, 24))  # wider than a space
+    return end.getextrema()[0] < 200
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_title_runs_out_of_its_picture(name):
+    for cell in code(read(name)):
+        for output in cell.outputs:
+            png = output.get("data", {}).get("image/png")
+            assert not (png and runs_out(png)), f"cut at the right:\n{cell.source}"
+
+
+def test_a_title_that_runs_out_is_seen():
+    seen = []
+    for title in ("short", "a title that is much too long for one figure " * 3):
+        made, _ = figure(title)
+        seen.append(runs_out(base64.b64encode(png(made))))
+    assert seen == [False, True]
 
 
 @pytest.mark.parametrize("name", NAMES)

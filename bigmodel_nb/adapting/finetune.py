@@ -612,10 +612,8 @@ def _mapped(module: nn.Module, compute: Any, source: Any, size: int) -> Tensor:
     return torch.cat(found)[torch.tensor(order).argsort()]
 
 
-def _parted(
-    estimator: "_Estimator", rows: _Part, task: _Task, seed: int
-) -> tuple[_Part, _Part, list[str]]:
-    "Rows to train on, to validate by, and what there is to say of them."
+def _parted(estimator: "_Estimator", rows: _Part, task: _Task, seed: int) -> tuple:
+    "Parts to train on and to validate by, and a list of what is to be said of them."
     auto = estimator.method == "auto"
     part = max(estimator.validation_fraction, 0.2 * auto)
     held = _held_out(rows.target, task.kind, part, seed)
@@ -626,8 +624,9 @@ def _parted(
     if auto or estimator.early_stopping:
         needs = "method='auto'" if auto else "early_stopping"
         raise ValueError(f"{few} for {needs}; allowed are more rows, or validation=")
-    warnings.warn(f"{few}: the head was validated on its training rows", stacklevel=5)
-    return rows, rows, [f"{few}: the head was validated on its training rows"]
+    said = f"{few}: the head was validated on its training rows"
+    warnings.warn(said, UserWarning, stacklevel=5)
+    return rows, rows, [said]
 
 # %% ../../nbs/05_adapting/06_finetune.ipynb #493188db
 def _linear(
