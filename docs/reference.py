@@ -5,6 +5,7 @@ Formulas as MathML, alternative texts, the comments behind parameters.
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import textwrap
@@ -200,20 +201,23 @@ def _of_class(cls: type) -> Signature:
 
 def signature_of(what: str, obj) -> Signature | None:
     """What the source says of an object's parameters; None where there are none."""
+    if what in ("class", "exception", "function", "method"):
+        return _signature_of(what, obj)
+    return None
+
+
+@functools.cache  # asked for the signature, and again for the table
+def _signature_of(what: str, obj) -> Signature | None:
     if what in ("class", "exception"):
         return _of_class(obj)
-    if what in ("function", "method"):
-        node, comments = _node(obj)
-        static = any(
-            ast.unparse(each) == "staticmethod" for each in node.decorator_list
-        )
-        return _of_function(
-            node,
-            comments,
-            vars(inspect.getmodule(obj)),
-            bound=what == "method" and not static,
-        )
-    return None
+    node, comments = _node(obj)
+    static = any(ast.unparse(each) == "staticmethod" for each in node.decorator_list)
+    return _of_function(
+        node,
+        comments,
+        vars(inspect.getmodule(obj)),
+        bound=what == "method" and not static,
+    )
 
 
 def rst(text: str) -> str:

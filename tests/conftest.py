@@ -33,6 +33,9 @@ import sitecustomize  # noqa: E402, F401  (the interpreter may have loaded anoth
 if Path(sitecustomize.__file__).parent != OFFLINE:
     exec((OFFLINE / "sitecustomize.py").read_text(encoding="utf-8"))
 
+# before nbformat, whose validator compiles grammars of addresses for six seconds
+import bigmodel_nb.headless.run  # noqa: E402, F401
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -43,6 +43,7 @@ from bigmodel_nb.adapting.features import (
     mean_pool,
     tokenized_loader,
 )
+from bigmodel_nb.kit.core import copy_model
 from bigmodel_nb.models.pretrained import MODELS
 from bigmodel_nb.training.loop import predict
 
@@ -739,6 +740,19 @@ def test_frozen_model_is_left_as_it_was(minilm):
         torch.equal(a, b)
         for a, b in zip(before.values(), encoder.state_dict().values())
     )
+
+
+def test_a_copy_has_its_own_weights_and_the_same_tokenizer(minilm):
+    classifier = tiny(minilm)
+    classifier.register_forward_hook(lambda model, given, made: made)
+    for made in (copy.deepcopy(classifier), copy_model(classifier)):
+        assert type(made) is type(classifier) and made.labels == classifier.labels
+        assert made.tokenizer is classifier.tokenizer and made._forward_hooks
+        pairs = zip(made.state_dict().items(), classifier.state_dict().items())
+        for (name, own), (other, kept) in pairs:
+            assert name == other and torch.equal(own, kept)
+            assert own.data_ptr() != kept.data_ptr()
+        assert torch.equal(made.logits(TEXTS), classifier.logits(TEXTS))
 
 
 # encoders and tokenizers of other people

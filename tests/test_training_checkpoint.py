@@ -152,7 +152,7 @@ choices = st.fixed_dictionaries(
 
 
 @given(choices, st.lists(st.integers(1, 14), min_size=1, max_size=3), st.integers(1, 4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_run_killed_at_any_step_is_the_run_that_never_stopped(options, kills, every):
     with TemporaryDirectory() as made:
         never = a_run(**options)

@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-import time
 import types
 from pathlib import Path
 
@@ -419,10 +418,13 @@ def test_a_planted_fault_is_found_and_no_other(make):
 
 @pytest.mark.parametrize("make", SOUND, ids=lambda make: make.__name__)
 def test_a_sound_model_has_no_fault(make):
-    start = time.process_time()  # what else the machine does counts for nothing
-    found = examined(make)
+    model, data, loss, *optimizer = make()
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(None))
+    found = diagnose(model, data, loss, optimizer=optimizer[0] if optimizer else None)
     assert not found.faults, found
-    assert time.process_time() - start < 45, "half a minute, and what made the model"
+    # of MiniLM, half a minute on two cores; an attack makes one of each of its steps
+    assert len(passes) <= (50 if make is minilm else 600)
     told = [each for each in found.findings if "could not be made" in each.evidence]
     assert not told, told
 

@@ -956,10 +956,9 @@ def test_labels_say_values_intervals_and_what_is_missing():
         "fine-tuned 0.700 [0.650, 0.740]; frozen 0.720 [0.670, 0.760]" in explorer.alt
     )
     explorer.set(labels=16)
-    assert (
-        "fine-tuned is highest: 0.500, its interval apart from the others"
-        in explorer.alt
-    ), "0.45 to 0.54 and 0.35 to 0.44"
+    assert "fine-tuned is highest: 0.500, its interval apart" in explorer.alt, (
+        "0.45 to 0.54 and 0.35 to 0.44"
+    )
     explorer.set(labels=256)
     assert "frozen not measured here" in explorer.alt
     assert "fine-tuned is highest: 0.900." in explorer.alt

@@ -362,21 +362,24 @@ def chat_loader(
 # %% ../../nbs/05_adapting/07_instruct.ipynb #1f2a3feb
 def _answer_logits(
     model: nn.Module, input: Mapping[str, Any], labels: Tensor
-) -> tuple[Tensor, Tensor]:
-    "Logits (batch, time, token) and labels (batch, time) from the first that counts."
-    labels = labels[:, 1:]
-    counts = (labels != -100).any(0)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the n tokens that count: logits (n, token), labels (n,), rows of the batch (n,).
+
+    The model projects to the vocabulary from the first of them on.
+    """
+    counts = labels[:, 1:] != -100
     if not counts.any():
         raise ValueError("labels has none that counts; allowed is at least one a batch")
-    first, options = int(counts.int().argmax()), {}
+    last, options = counts.shape[1] - int(counts.any(0).int().argmax()), {}
     takes = inspect.signature(model.forward).parameters
     if "logits_to_keep" in takes:
-        options["logits_to_keep"] = labels.shape[1] + 1 - first
+        options["logits_to_keep"] = last + 1
     if "use_cache" in takes:
         options["use_cache"] = False
     output = model(**match_dtype(model, input), **options)
-    logits = getattr(output, "logits", output)
-    return logits[:, -(labels.shape[1] + 1 - first) : -1].float(), labels[:, first:]
+    logits = getattr(output, "logits", output)[:, -last - 1 : -1]
+    rows = counts.nonzero()[:, 0]
+    return logits[counts[:, -last:]].float(), labels[:, 1:][counts], rows
 
 # %% ../../nbs/05_adapting/07_instruct.ipynb #f93a6f1e
 def answer_log_likelihood(
@@ -385,8 +388,9 @@ def answer_log_likelihood(
     labels: Tensor,  # (batch, time), -100 where a token does not count
 ) -> Tensor:  # (batch,) in nats, at most 0
     "The logarithm of the probability of each answer: a sum over its tokens."
-    logits, labels = _answer_logits(model, input, labels)
-    return -cross_entropy(logits.mT, labels, reduction="none").sum(1)
+    logits, targets, rows = _answer_logits(model, input, labels)
+    losses = cross_entropy(logits, targets, reduction="none")
+    return -losses.new_zeros(len(labels)).index_add(0, rows, losses)
 
 
 def answer_loss(
@@ -395,8 +399,8 @@ def answer_loss(
     labels: Tensor,  # likewise
 ) -> Tensor:  # a scalar, in nats per token
     "The objective of instruction tuning: the mean over all tokens that count."
-    logits, labels = _answer_logits(model, input, labels)
-    return cross_entropy(logits.mT, labels)
+    logits, targets, _ = _answer_logits(model, input, labels)
+    return cross_entropy(logits, targets)
 
 # %% ../../nbs/05_adapting/07_instruct.ipynb #7e93a434
 @torch.no_grad()

@@ -1045,7 +1045,7 @@ def _highest(here: pd.DataFrame, labels: int) -> str:
     "Which method is highest, and whether its interval lies apart from the others."
     top = here.index[here["value"] == here["value"].max()]
     apart = (here.drop(top[0])["high"] < here.low[top[0]]).all()
-    beside = ", its interval apart from the others" if apart else "; intervals overlap"
+    beside = ", its interval apart" if apart else "; intervals overlap"
     beside = "" if len(here) == 1 else beside
     named = (
         f"{top[0]} is highest" if len(top) == 1 else f"{' and '.join(top)} are equal"
