@@ -363,7 +363,7 @@ def chat_loader(
 def _answer_logits(
     model: nn.Module, input: Mapping[str, Any], labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the n tokens that count: logits (n, token), labels (n,), rows of the batch (n,).
+    """Of the n tokens that count: logits (n, token), labels (n,), rows (n,).
 
     The model projects to the vocabulary from the first of them on.
     """
