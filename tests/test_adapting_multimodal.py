@@ -454,6 +454,7 @@ def expect_multimodal(m):
         found = m[f"recall_ours_{way}"]
         assert found["at_10"]["low"] > 10 * m["chance"], "unseen captions are found"
         assert found["at_1"]["value"] < found["at_5"]["value"] < found["at_10"]["value"]
+    assert m["gain_over_rival"]["value"] > 0.02, "more than the nearest pictures find"
     case = {
         name.split(", ")[1]: e for name, e in m["zero_shot"].items() if "case" in name
     }

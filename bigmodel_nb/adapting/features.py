@@ -261,7 +261,8 @@ def _check_inputs(
 class SentenceEncoder(nn.Module):
     """A pretrained encoder and the mean over its tokens: texts to vectors.
 
-    `forward` takes what the tokenizer gives, `encode` takes texts.
+    `forward` takes what the tokenizer gives, `encode` takes texts. Copies share the
+    tokenizer.
     """
 
     def __init__(
@@ -306,7 +307,7 @@ class SentenceEncoder(nn.Module):
         return map_texts(compute, self, texts, batch_size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SentenceEncoder":
-        "A copy with the same tokenizer, whose vocabulary takes a third of a second."
+        "A copy that shares the tokenizer, as large a thing to copy as the weights."
         memo[id(self.tokenizer)] = self.tokenizer
         made = memo[id(self)] = type(self).__new__(type(self))
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
