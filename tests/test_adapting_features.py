@@ -123,6 +123,13 @@ def test_a_batch_gives_what_each_text_alone_gives(kind, side, pool):
     torch.testing.assert_close(found, one_by_one(model, pool), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["/no/such", "./no/such", "~/no/such"])
+def test_a_path_without_a_folder_is_no_name_on_the_hub(name):
+    with pytest.raises(ValueError) as error:
+        load_encoder(name)
+    one_sentence(error, f"model is {name!r}", "(there is no such folder)")
+
+
 def test_layers_batches_modes_and_wrappers(monkeypatch):
     model = tiny("bert").train()
     whole = features(model, [(padded(TOKENS, "right"), None)], device="cpu")

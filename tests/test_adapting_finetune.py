@@ -694,6 +694,9 @@ def test_bases_and_folders_that_are_broken(base, tmp_path, tokenizer):
     with pytest.raises(ValueError) as error:
         made(base, overlap=40).fit(X, y)
     one_sentence(error, "overlap is 40", "room for 30 tokens")
+    with pytest.raises(ValueError) as error:
+        made(base, max_length=2, overlap=0).fit(X, y)
+    one_sentence(error, "max_length is 2, and 2 tokens of each text are special")
 
 
 def test_nothing_else_is_lost_by_saving(base, tmp_path):
@@ -888,6 +891,13 @@ def test_what_no_job_can_use_is_said_before_a_model_is_read(
     one_sentence(error, said)
 
 
+def test_a_folder_without_images(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError) as error:
+        checked(data=tmp_path / "photos")
+    one_sentence(error, "data names", "photos', which has 0 folders of images; allowed")
+
+
 @pytest.mark.parametrize(
     "content, said",
     [
@@ -946,14 +956,14 @@ def test_other_layouts_are_read_by_parameters_alone(tmp_path, layout):
 def test_a_job_without_a_base_fails_in_one_sentence_and_writes_no_model(
     tmp_path, tokenizer, kept, broken
 ):
-    model, said = "nobody/no-such-model", "base is 'nobody/no-such-model'; allowed"
+    model, said = "nobody/no-such-model", "model is 'nobody/no-such-model'; allowed"
     if broken == "torn":
         model = write_base(tmp_path / "torn", tokenizer)
         weights = tmp_path / "torn" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:5000])
-        said = "torn', whose files cannot be read"
+        said = "model is .*torn', whose files cannot be read"
     elif broken == "other":  # what an estimator saved is no encoder
-        model, said = str(kept[0]), "base is .*; allowed is a folder with an encoder"
+        model, said = str(kept[0]), "model is .*; allowed is a folder with an encoder"
     with pytest.raises(RunFailed, match=said):
         job(model, tmp_path, table(tmp_path))
     assert not (tmp_path / "run" / "model").exists()

@@ -38,7 +38,7 @@ def expect_selfsup(m):
         "continued pretraining lowers the held-out loss on its kind of text"
     )
     for kind, loss in m["small_losses"].items():
-        assert loss["high"] > m["unigram"], (
+        assert loss["high"] > m["unigram"][kind], (
             f"{kind}: 50 steps are not shown to beat the frequencies of words"
         )
     reached = m["masked_loss_before"]["own texts"]

@@ -715,10 +715,12 @@ def suspicious_by_chance(
     draws: int = 100,  # how often a label is drawn for each row
     seed: int = 0,  # of the draws
 ) -> Estimate:  # the mean number of rows, and where 95 % of the draws lie
-    """How many labels `suspicious_labels` names where none is wrong.
+    """How many labels `suspicious_labels` names where labels follow the probabilities.
 
     Each row's label is drawn from its probabilities, which are taken as true: scale
-    them first. Raises `ValueError` for what is no table of probabilities.
+    them first. More suspicious labels than that speak of wrong ones; fewer do not clear
+    them, as what was fitted to wrong labels doubts them beforehand. Raises `ValueError`
+    for what is no table of probabilities.
     """
     check_count("draws", draws)
     p = _numbers("probabilities", probabilities)

@@ -83,6 +83,9 @@ def load_encoder(
             )
     except (OSError, ValueError, KeyError) as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        path = Path(name).is_absolute() or name.startswith((".", "~"))
+        if path and not Path(name).is_dir():  # no name on the hub either
+            said = "there is no such folder"
         raise ValueError(
             f"model is {name!r}; allowed is a folder with an encoder in safetensors, or"
             f" the name of one on the hub ({said})"

@@ -81,6 +81,12 @@ def text_chunks(
     check_count("max_length", max_length)
     check_count("max_chunks", max_chunks)
     room = max_length - len(before) - len(after)
+    if room < 1:
+        rule = "allowed is at least one more than these"
+        raise ValueError(
+            f"max_length is {max_length}, and {len(before) + len(after)} tokens of each"
+            f" text are special; {rule}"
+        )
     if not 0 <= overlap < room:
         raise ValueError(
             f"overlap is {overlap} and a chunk has room for {room} tokens; allowed is 0"
@@ -248,6 +254,7 @@ class _ImageModule(nn.Module):
 # %% ../../nbs/05_adapting/06_finetune.ipynb #ee152048
 def image_rows(
     folder: Path | str,  # with a folder of images for each class, which may hold others
+    name: str = "folder",  # what errors call it
 ) -> pd.DataFrame:  # columns image, a path, and label, the name of its class's folder
     """The images in class folders; hidden files and what is no image are left out.
 
@@ -256,18 +263,18 @@ def image_rows(
     from PIL import Image
 
     folder, known = Path(folder), Image.registered_extensions()
+    said = f"{name} names {str(folder)!r}"
     if not folder.is_dir():
-        raise FileNotFoundError(f"X names {str(folder)!r}, and there is no such folder")
+        raise FileNotFoundError(f"{said}, and there is no such folder")
     parts = lambda each: each.relative_to(folder).parts
     files = [each for each in sorted(folder.rglob("*")) if each.is_file()]
     files = [e for e in files if not any(name[0] == "." for name in parts(e))]
     found = [e for e in files if e.suffix.lower() in known and len(parts(e)) > 1]
     rows = pd.DataFrame({"image": found, "label": [parts(each)[0] for each in found]})
-    if rows["label"].nunique() < 2:
-        raise ValueError(
-            f"X names {str(folder)!r}, which has {rows['label'].nunique()} folders of"
-            " images; allowed are at least two, one for each class"
-        )
+    classes = rows["label"].nunique()
+    if classes < 2:
+        rule = "allowed are at least two, one for each class"
+        raise ValueError(f"{said}, which has {classes} folders of images; {rule}")
     rows.attrs["left_out"] = len(files) - len(rows)
     return rows
 
@@ -295,10 +302,9 @@ def _as_image(image: Any, place: int) -> Tensor:
         or not 0 <= image.min()
         or not (image.max() <= 1)
     ):
-        raise ValueError(
-            f"X holds an image of shape {tuple(image.shape)} at place {place}; allowed"
-            " are one or three channels, of bytes or of numbers from 0 to 1"
-        )
+        said = f"X holds an image of shape {tuple(image.shape)} at place {place}"
+        rule = "allowed are one or three channels, of bytes or of numbers from 0 to 1"
+        raise ValueError(f"{said}; {rule}")
     return image.expand(3, -1, -1)
 
 # %% ../../nbs/05_adapting/06_finetune.ipynb #fcc731d3
@@ -1327,12 +1333,12 @@ class _OfImages(_Estimator):
     ) -> Self:
         "Learn. Images to validate by are drawn of `X` where none are given."
         if isinstance(X, (str, Path)):
-            rows = image_rows(X)
+            rows = image_rows(X, "X")
             X, y = rows["image"].tolist(), rows["label"].tolist()
         return super().fit(X, y, validation)
 
     def _rows(self, X: Any) -> Iterable:
-        X = image_rows(X)["image"] if isinstance(X, (str, Path)) else X
+        X = image_rows(X, "X")["image"] if isinstance(X, (str, Path)) else X
         if isinstance(X, (bytes, Mapping)) or not isinstance(X, Iterable):
             raise TypeError(f"X is {X!r}; allowed are images, or paths of some")
         return X
