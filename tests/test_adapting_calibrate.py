@@ -740,6 +740,11 @@ def test_decimal_commas_and_whole_labels_are_read():
             "confidence is 'sure'",
         ),
         ({"truth": None}, {}, "no row has one"),
+        (
+            {"q_no": 0.2, "q_yes": 0.3, "q_maybe": 0.5},
+            {},
+            "begin with 'p_' and with 'q_'; allowed is prefix",
+        ),
         ({}, {"prefix": "q_"}, "no column 'q_"),
         ({}, {"prediction": "truth", "confidence": "p_no"}, "three different columns"),
         (

@@ -463,6 +463,19 @@ def test_fit_head_chooses_by_validation():
     assert fit_linear_probe(vectors, coin, vectors, coin, (1e-4, 100.0)).C == 100.0
 
 
+def test_no_layer_learns_faster_than_the_head_where_the_depth_is_not_known():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = torch.nn.Module(), torch.nn.Linear(4, 2)
+            self.encoder.layer = torch.nn.ModuleList(
+                torch.nn.Linear(4, 4) for _ in range(3)
+            )
+
+    rates = {group["lr"] for group in parameter_groups(Net(), 1e-3, layer_decay=0.5)}
+    assert rates == {1e-3}
+
+
 def test_parameter_groups_hold_each_parameter_once(minilm):
     classifier = tiny(minilm)
     groups = parameter_groups(classifier, 1e-3, layer_decay=0.5, weight_decay=0.1)

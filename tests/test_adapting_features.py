@@ -192,11 +192,12 @@ def test_a_part_that_is_frozen_in_evaluation_mode_stays_so():
     assert [each.training for each in encoder.modules()] == before
 
 
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("pool", ["mean", "cls", "last"])
-def test_pool_mask_pools_over_some_tokens(side, pool):
+def test_pool_mask_pools_over_some_tokens(side, pool, dtype):
     model, batch = tiny("bert").eval(), padded(TOKENS[1:2], side, extra=3)
-    marks = torch.zeros_like(batch["attention_mask"])
+    marks = torch.zeros_like(batch["attention_mask"], dtype=dtype)
     start = int(batch["attention_mask"].argmax())
     marks[0, start + 2 : start + 5] = 1
     found = features(model, [batch | {"pool_mask": marks}], pool=pool, device="cpu")

@@ -316,6 +316,30 @@ def test_auto_counts_words_for_several_labels_and_for_numbers(base, tmp_path):
         assert np.allclose(read._outputs(X), model._outputs(X))
 
 
+def test_a_matrix_as_lists_is_a_matrix_whatever_its_rows(base):
+    X, y = colours(40)
+    rows = [[1 - each, each] for each in y]  # no row holds a number twice
+    by_lists, by_matrix = (made(base).fit(X, each) for each in (rows, np.array(rows)))
+    assert (by_lists.predict(X) == by_matrix.predict(X)).all()
+    assert by_lists.score(X, np.array(rows)) > 0.9
+
+
+def test_what_a_grid_of_numpy_numbers_made_is_saved(base, tmp_path):
+    X, y = colours(40)
+    options = {"epochs": np.int64(1), "batch_size": np.int64(8)}
+    model = made(base, **options, random_state=np.int64(3)).fit(X, y)
+    again = load_estimator(model.save(tmp_path / "kept"))
+    assert again.get_params()["epochs"] == 1 and again.random_state == 3
+    assert again.predict(X).tolist() == model.predict(X).tolist()
+
+
+def test_auto_with_class_weights_tries_what_takes_them_alone(base):
+    X, y = colours(40)
+    model = made(base, "auto", class_weight="balanced", epochs=1).fit(X, y)
+    assert "tfidf" not in model.trials_["method"].tolist()
+    assert "tfidf" in made(base, "auto", epochs=1).fit(X, y).trials_["method"].tolist()
+
+
 def test_lists_of_labels_fold_as_a_matrix_alone(base):
     X, y = colours()
     lists = [["colour", "red"] if each else ["colour"] for each in y]

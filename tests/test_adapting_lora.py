@@ -9,6 +9,7 @@ import pickle
 import warnings
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -1064,3 +1065,19 @@ undecided_lora = {
     "full_over_head_alone": "of one run, on rows that are few",
     "loss_both_zero": "the end of a descent of 200 steps from random numbers",
 }
+
+
+@pytest.mark.parametrize("size", [(4096, 11008), (8192, 28672), (151936, 896)])
+def test_a_large_weight_is_known_again_too(size):
+    "Where float32 rounds the place of the last number beyond the end."
+    row = torch.zeros(1).expand(size[0] * size[1])  # no memory
+    assert lora.weight_sample(row) == [0.0] * 16
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    model = nn.Sequential(OrderedDict(query=nn.Linear(6, 6), head=nn.Linear(6, 2)))
+    options = {"alpha": np.float32(8), "dropout": np.float64(0.1)}
+    add_lora(model, rank=np.int64(2), targets="query", **options)
+    save_lora(model, tmp_path / "kept")
+    told = json.loads((tmp_path / "kept" / "adapter_config.json").read_text())
+    assert (told["r"], told["lora_alpha"], told["lora_dropout"]) == (2, 8.0, 0.1)

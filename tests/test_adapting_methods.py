@@ -2,7 +2,9 @@
 
 import copy
 import json
+from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -742,3 +744,10 @@ def test_tensors_of_another_shape_and_tensors_that_are_missing(tmp_path):
     )
     with pytest.raises(ValueError, match="it lacks 'second.up.bias'"):
         load_adaptation(Net(), tmp_path / "adapter")
+
+
+def test_a_size_of_numpy_is_saved(tmp_path):
+    model = nn.Sequential(OrderedDict(query=nn.Linear(6, 6), head=nn.Linear(6, 2)))
+    adapt(model, "adapter", trainable="head", size=np.int64(2), targets=("query",))
+    save_adaptation(model, tmp_path / "kept")
+    assert (tmp_path / "kept").is_dir()

@@ -168,6 +168,12 @@ def _find_prefix(columns: list[str], names: list[str], prefix: str | None) -> st
     ends = [each[: -len(n)] for n in names for each in columns if each.endswith(n)]
     found = sorted({prefix} if prefix is not None else set(ends), key=len)
     found.sort(key=lambda each: sum(each + n not in columns for n in names))
+    fits = sorted(e for e in found if all(e + n in columns for n in names))
+    if len(fits) > 1:
+        raise ValueError(
+            f"columns of all labels begin with {fits[0]!r} and with {fits[1]!r};"
+            " allowed is prefix, which says which are meant"
+        )
     lacking = [n for n in names if found and found[0] + n not in columns]
     if not found or lacking:
         lost = lacking[0] if lacking else names[0]
@@ -180,7 +186,7 @@ def _find_prefix(columns: list[str], names: list[str], prefix: str | None) -> st
         )
     return found[0]
 
-
+# %% ../../nbs/05_adapting/05_calibrate.ipynb #6acbe74a
 def _check_names(
     label: str, prefix: str | None, prediction: str | None, confidence: str | None
 ) -> None:

@@ -510,7 +510,7 @@ def parameter_groups(
     groups, depth = {}, _checked_depth(classifier, *rates)
     for name, parameter in classifier.named_parameters():
         layer = re.search(r"^encoder\..*\blayers?\.(\d+)\.", name)
-        below = 0 if layer is None else depth - 1 - int(layer.group(1))
+        below = 0 if layer is None else max(0, depth - 1 - int(layer.group(1)))
         factor = layer_decay ** (depth if "embeddings" in name else below)
         key = learning_rate * factor, weight_decay if parameter.dim() > 1 else 0.0
         if parameter.requires_grad:

@@ -373,7 +373,7 @@ def _pooled(hidden: Tensor, mask: Tensor, pool: str) -> Tensor:
     "(batch, channel): the mean, the first or the last of the tokens that `mask` marks."
     if pool == "mean":
         return mean_pool(hidden, mask)
-    marks = mask if pool == "cls" else mask.flip(1)
+    marks = (mask if pool == "cls" else mask.flip(1)).long()
     place = marks.argmax(1)  # the first mark
     place = place if pool == "cls" else mask.shape[1] - 1 - place
     return hidden[torch.arange(len(hidden), device=hidden.device), place]

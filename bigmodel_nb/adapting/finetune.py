@@ -473,8 +473,8 @@ def _as_array(given: Any) -> Any:
         lists = all(type(each) is list for each in given)
         if lists and len({len(each) for each in given}) == 1 and len(given[0]) > 1:
             ones = all(value in (0, 1) for each in given for value in each)
-            if ones and any(len(set(each)) < len(each) for each in given):
-                return np.array(given)  # no list of labels: one would stand there twice
+            if ones:  # as lists of labels each row would have both
+                return np.array(given)
     if hasattr(given, "__array__") and not isinstance(given, Iterable):
         return np.asarray(given)
     return given
@@ -919,7 +919,9 @@ def _choose(
     estimator: "_Estimator", train: _Part, valid: _Part, seed: int
 ) -> tuple[_Trial, pd.DataFrame, str]:
     "The cheapest method that the next dearer one does not beat; all tried; and why."
-    names = ["tfidf"] * isinstance(estimator, _OfTexts) + ["head", "lora", "full"]
+    weighted = getattr(estimator, "class_weight", None) is not None
+    counts_words = isinstance(estimator, _OfTexts) and not weighted
+    names = ["tfidf"] * counts_words + ["head", "lora", "full"]
     best, rows, told = None, [], ""
     for name in names:
         try:
@@ -971,7 +973,9 @@ def _label(each: Any) -> Any:
 def _saved_facts(estimator: "_Estimator", with_base: bool) -> dict:
     "What `estimator.json` says."
     check_is_fitted(estimator, "method_")
+    plain = lambda each: each.item() if isinstance(each, np.generic) else each
     task, options = estimator._task_, estimator.get_params(deep=False)
+    options = {key: plain(value) for key, value in options.items()}  # as JSON has them
     base, weights = str(options["base"]), options.get("class_weight")
     facts = {
         "class": type(estimator).__name__,
@@ -1477,8 +1481,9 @@ class TextClassifier(_Classifying, _OfTexts):
     `X` is a list, a Series or a column of texts; `y` a label of each, of any kind that
     can be hashed, or several of each: an indicator matrix, or lists of labels (which
     scikit-learn's folds and scores do not take: give them the matrix).
-    `method="auto"` tries TF-IDF, "head", "lora" and "full" in this order and stops
-    where the next does not gain on validation rows. After `fit`: `classes_`, `method_`,
+    `method="auto"` tries TF-IDF (which takes no `class_weight`, and is left out with
+    one), "head", "lora" and "full" in this order and stops where the next does not gain
+    on validation rows. After `fit`: `classes_`, `method_`,
     `choice_` (a sentence that says why), `history_`, `notes_`, `module_`.
     """
 

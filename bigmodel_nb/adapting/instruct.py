@@ -537,7 +537,8 @@ def lower_states(
 
 # %% ../../nbs/05_adapting/07_instruct.ipynb #d34cb3d7
 def _check_training(epochs: Any, learning_rate: Any) -> None:
-    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+    whole = isinstance(epochs, (int, np.integer)) and not isinstance(epochs, bool)
+    if not whole or epochs < 1:
         raise ValueError(f"epochs is {epochs!r}; allowed is an integer of at least 1")
     if not 0 < learning_rate < 1:
         raise ValueError(

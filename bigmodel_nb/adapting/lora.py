@@ -374,6 +374,11 @@ class LoRAConfig:
             object.__setattr__(self, key, _names(key, getattr(self, key)))
         if not self.targets:
             raise ValueError("targets is empty; allowed are one or more names")
+        for key, kind in (("rank", int), ("alpha", float), ("dropout", float)):
+            number = getattr(self, key)  # NumPy's go into no JSON
+            object.__setattr__(
+                self, key, number if type(number) is int else kind(number)
+            )
 
 
 def _names(argument: str, given: Any) -> tuple[str, ...]:
@@ -634,7 +639,8 @@ def add_lora(
                 f"the weight of {key!r} holds NaN or infinity; allowed are finite"
                 f" numbers where variant is {variant!r}"
             )
-    made, options = {}, (rank, alpha, dropout, variant, rslora)
+    made = {}
+    options = (config.rank, config.alpha, config.dropout, config.variant, config.rslora)
     for key, layer in layers.items():
         if _own(layer) not in made:
             made[_own(layer)] = Adapter(_own(layer), *options)
@@ -769,7 +775,8 @@ def weight_sample(
 ) -> list[float]:  # 16 of its numbers, of four digits each
     "A few numbers of a weight, by which a base is told from others."
     weight = weight.detach().reshape(-1)
-    at = torch.linspace(0, len(weight) - 1, 16).long().to(weight.device)
+    at = torch.linspace(0, len(weight) - 1, 16, dtype=torch.float64)  # float32 rounds
+    at = at.long().to(weight.device)
     return [float(f"{value:.4g}") for value in weight[at].double().tolist()]
 
 

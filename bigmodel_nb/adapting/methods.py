@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -368,11 +369,11 @@ def _targets(
 
 
 def _check_size(argument: str, given: Any) -> int:
-    if not isinstance(given, int) or isinstance(given, bool):
+    if not isinstance(given, Integral) or isinstance(given, bool):
         raise TypeError(f"{argument} is {given!r}; allowed is an integer of at least 1")
     if given < 1:
         raise ValueError(f"{argument} is {given}; allowed is at least 1")
-    return given
+    return int(given)
 
 
 @dataclass
@@ -426,7 +427,7 @@ def _ia3(model: nn.Module, whole: list[str], targets=None, inner=None) -> _Plan:
 
 
 def _adapter(model: nn.Module, whole: list[str], size=16, targets=None) -> _Plan:
-    _check_size("size", size)
+    size = _check_size("size", size)
     layers = _linear(model, whole)
     found = _targets("targets", targets, layers, (*_ATTENTION, *_MLP))
     return _Plan({name: BottleneckLinear(layers[name], size) for name in found})
@@ -434,13 +435,15 @@ def _adapter(model: nn.Module, whole: list[str], size=16, targets=None) -> _Plan
 # %% ../../nbs/05_adapting/03_methods.ipynb #03473a09
 def _prompt(model: nn.Module, whole: list[str], count=8) -> _Plan:
     backbone = _backbone(model, "prompt")
-    _check_places(backbone, _check_size("count", count), 1)
+    count = _check_size("count", count)
+    _check_places(backbone, count, 1)
     return _Plan(before=Prompt(_start(backbone, "prompt", count)))
 
 
 def _prefix(model: nn.Module, whole: list[str], count=8) -> _Plan:
     backbone = _backbone(model, "prefix")
-    _check_places(backbone, _check_size("count", count), 1)
+    count = _check_size("count", count)
+    _check_places(backbone, count, 1)
     return _Plan(before=Prefix(_start(backbone, "prefix", count)))
 
 
