@@ -916,8 +916,6 @@ def test_text_rows_drops_what_is_missing():
     assert again["text"].tolist() == ["a b", "d"] * 2
     assert deduplicate(again)["text"].tolist() == ["a b", "d"]
     assert describe_texts(again, twice)["duplicates of an earlier row"] == 2
-    same = text_rows(pd.DataFrame({"t": ["good", "bad"]}), "t", "t")
-    assert same["label"].tolist() == ["good", "bad"]
 
 
 @pytest.mark.parametrize(
@@ -938,6 +936,11 @@ def test_text_rows_drops_what_is_missing():
             dict(text=[3, 4.5], label=[1, 2]),
             {},
             ("text is 'text'", "holds numbers (such as 3", "a column of texts"),
+        ),
+        (
+            dict(text=["a", "b"]),
+            dict(label="text"),
+            ("text and label are both 'text'; allowed are two columns",),
         ),
         (dict(text=["3", "4"], label=[1, 2]), {}, ("holds numbers",)),
         (dict(text=["3,5", "4"], label=[1, 2]), {}, ("holds numbers",)),
@@ -988,6 +991,9 @@ def test_check_classes():
     )
     with pytest.raises(ValueError, match="and 21 more"):
         check_classes(pd.Series(list("abcdefghijklmnopqrstuvwxyz")))
+    with pytest.raises(ValueError) as error:  # texts, taken for labels by mistake
+        check_classes(pd.Series(["x" * 500, "y" * 500]))
+    one_sentence(error, "'" + "x" * 39 + "…' (1)")
 
 
 def test_class_numbers():

@@ -588,9 +588,11 @@ def text_rows(
 ) -> pd.DataFrame:  # columns text and label, both `str`, where both are there
     """The texts and labels of a table; `attrs["left_out"]` counts the rows left out.
 
-    Raises `ValueError` for a missing column, texts that are numbers, and fewer than two
-    classes.
+    Raises `ValueError` for a missing column, one column for both, texts that are
+    numbers, and fewer than two classes.
     """
+    if text == label:
+        raise ValueError(f"text and label are both {text!r}; allowed are two columns")
     for column, role in ((text, "text"), (label, "label")):
         _check_column(table, column, role)
     rows = pd.DataFrame({"text": table[text], "label": table[label]})
@@ -1154,8 +1156,9 @@ def check_classes(
     counts = labels.value_counts()
     few = counts[counts < at_least]
     if len(few):
+        cut = lambda name: name if len(name) <= 40 else name[:39] + "…"
         named = ", ".join(
-            f"{name!r} ({count})" for name, count in few.head(5).items()
+            f"{cut(str(name))!r} ({count})" for name, count in few.head(5).items()
         ) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
         raise ValueError(
             f"label has classes with too few rows to split: {named}; allowed are at"
