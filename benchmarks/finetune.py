@@ -9,7 +9,8 @@ same weights, rows, epochs, batch and precision, and the better of two rates by 
 rows. Each line is printed when it is known, with its interval over test rows.
 
     BIGMODEL_DATA=/data python benchmarks/finetune.py
-    BIGMODEL_DATA=/data python benchmarks/finetune.py --sets sst2 --seeds 3
+    BIGMODEL_DATA=/data python benchmarks/finetune.py --sets sst2 --seeds 3 \
+        --targets all-linear --lora-rate 1e-3
 """
 
 import argparse
@@ -45,6 +46,8 @@ def arguments() -> argparse.Namespace:
     )
     asked.add_argument("--batch", type=int, default=16)
     asked.add_argument("--methods", nargs="+", default=["head", "lora", "full"])
+    asked.add_argument("--targets", nargs="+", help="of LoRA: names, or all-linear")
+    asked.add_argument("--lora-rate", type=float, help="default: the estimator's")
     asked.add_argument("--no-trainer", action="store_true")
     asked.add_argument("--rows", type=int, help="training rows at most")
     return asked.parse_args()
@@ -179,6 +182,9 @@ class Board:
             )
         if {"lora", "full"} <= set(mean):
             print(f"  LoRA / full: {mean['lora'] / mean['full']:.4f}")
+            if len(self.right["lora"]) == len(self.right["full"]) > 1:
+                each = [[e.mean() for e in self.right[k]] for k in ("full", "lora")]
+                print(f"  LoRA over full, over seeds: {Difference.of_runs(*each)}")
         for one, two in (("tfidf", "full"), ("head", "full"), ("trainer", "full")):
             if {one, two} <= set(mean):
                 apart = Difference.of_trials(self.right[one][0], self.right[two][0])
@@ -203,12 +209,17 @@ def measure(name: str, asked: argparse.Namespace) -> None:
     few = "-" in name
     for method in asked.methods:
         for seed in range(asked.seeds if method != "head" else 1):
-            began = time.perf_counter()
+            began, own = time.perf_counter(), {}
+            if method == "lora" and asked.targets:
+                own["method_options"] = {"targets": tuple(asked.targets)}
+            if method == "lora" and asked.lora_rate:
+                own["learning_rate"] = asked.lora_rate
             model = TextClassifier(
                 method=method,
                 epochs=asked.few_epochs if few else asked.epochs,
                 batch_size=asked.batch,
                 random_state=seed,
+                **own,
             )
             model.fit(
                 train["text"].tolist(),
