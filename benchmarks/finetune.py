@@ -8,6 +8,12 @@ regression; LoRA; every weight. On sst2 also Transformers' `Trainer`, which gets
 same weights, rows, epochs, batch and precision, and the better of two rates by dev
 rows. Each line is printed when it is known, with its interval over test rows.
 
+Seen on sst2 with three seeds (AVX-512 BF16, bfloat16): every weight 88.0, 88.5 and
+89.0 % of 1,821 test rows; LoRA of all linear layers at 1e-3 88.7, 87.8 and 88.2 %,
+0.997 of that, -0.3 points [-2.4, +1.9] over the seeds; LoRA as it comes (query and
+value, 2e-3) 87.4 %, one seed; `Trainer` 88.8 % at 5e-5, one seed, from which the three
+of every weight are -0.8 [-2.0, +0.4], -0.3 [-1.5, +0.8] and +0.2 [-1.0, +1.4] points.
+
     BIGMODEL_DATA=/data python benchmarks/finetune.py
     BIGMODEL_DATA=/data python benchmarks/finetune.py --sets sst2 --seeds 3 \
         --targets all-linear --lora-rate 1e-3
@@ -143,6 +149,8 @@ def trainer_answers(parts, rate: float, asked, seed: int) -> tuple:
         collate = DataCollatorWithPadding(tokenizer)
         trainer = Trainer(model, options, train_dataset=sets[0], data_collator=collate)
         trainer.train()
+        # by length, it would shuffle the rows that it answers as well
+        trainer.args.train_sampling_strategy = "sequential"
         return tuple(trainer.predict(each).predictions.argmax(1) for each in sets[1:])
 
 
