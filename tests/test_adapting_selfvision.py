@@ -45,6 +45,11 @@ def expect_selfvision(m):
         assert m["gain"]["SimCLR against pixels"][few]["value"] > 0.02, few
         poor = m["gain"]["MAE against pixels"][few]["value"] < 0
         assert poor, "a probe of MAE is poor"
+    untrained = m["gain"]["MAE against a ViT with random weights"]
+    assert all(untrained[few]["value"] > 0.04 for few in ("1", "2")), (
+        "and yet better than that of the same network before its training"
+    )
+    assert m["probe_lost"]["no centring"]["value"] < 0, "a collapse costs its vectors"
     for name, by_labels in m["gain_over_scratch"].items():
         assert all(each["low"] < 0 for each in by_labels.values()), (
             f"{name}: no label is shown to be saved against a network from scratch"
