@@ -882,10 +882,12 @@ def sentence_of_gain(
     if gain.low > 0:
         return f"Worth it: {model} is better than {simple}, by {shown}"
     if gain.high < 0:
-        return f"Not worth it: {simple} is better than {model}, which gains {shown}"
+        return (
+            f"Not worth it: {simple} is better than {model}, which differs by {shown}"
+        )
     return (
         f"Not shown to be worth it: {simple} cannot be told apart from {model},"
-        f" which gains {shown}"
+        f" which differs by {shown}"
     )
 
 
